@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Checks which layer includes or imports which (docs/architecture.md); Python layers: lint-imports.
+
+Core is the C++ standard library. Kernels see four small headers of core and no torch. Bindings are
+the only folder with torch and pybind11. `torch.ops` is touched by ops.py alone, and the references
+of the tests use none of our code.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
+CPP_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
+FRAMEWORK = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
+CUDA_TOOLKIT = re.compile(r"^(cuda|cub/|cute/|cutlass/|thrust/|mma\.h|cooperative_groups)")
+CORE_FOR_KERNELS = {"ids.h", "function_ref.h", "parallel_for.h", "assert.h"}
+FOLDERS = ("csrc/core", "csrc/kernels", "csrc/bindings", "tests/cpp")
+
+
+def include_error(folder: str, path: Path, quoted: bool, name: str) -> str | None:
+    """Why a file of `folder` may not include `name`, or None."""
+    if folder != "csrc/bindings" and FRAMEWORK.match(name):
+        return "only csrc/bindings includes torch, pybind11 or Python headers"
+    if folder == "csrc/bindings" and name.startswith("ATen/cuda"):
+        return "ATen/cuda needs cuBLAS and cuSPARSE headers; use c10/cuda"
+    is_cuda_file = "cuda" in path.parts or "cuda" in path.stem.split("_")
+    if CUDA_TOOLKIT.match(name) and not is_cuda_file:
+        return "CUDA headers belong to csrc/kernels/cuda and the cuda files of bindings"
+    if not quoted:
+        return None
+    if ".." in name.split("/"):
+        return "include by the path from the repository root"
+    if folder == "csrc/core" and not name.startswith("csrc/core/"):
+        return "core includes core and the C++ standard library"
+    if folder == "csrc/kernels" and name.startswith("csrc/"):
+        layer, rest = name.split("/", 2)[1:]
+        if layer == "core" and rest not in CORE_FOR_KERNELS:
+            return f"of core, kernels include only {', '.join(sorted(CORE_FOR_KERNELS))}"
+        if layer not in ("core", "kernels"):
+            return f"kernels do not know csrc/{layer}"
+    if folder == "tests/cpp" and name.startswith("csrc/bindings/"):
+        return "C++ tests build without the bindings"
+    return None
+
+
+def cpp_errors(root: Path) -> Iterator[str]:
+    for folder in FOLDERS:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix not in CPP_SUFFIXES:
+                continue
+            relative = path.relative_to(root)
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                if found := INCLUDE.match(line):
+                    quoted, name = found[1] == '"', found[2]
+                    if why := include_error(folder, relative, quoted, name):
+                        yield f"{relative}:{number}: includes {name}: {why}"
+
+
+def python_errors(root: Path) -> Iterator[str]:
+    rules = (
+        ("python/stateful_kv", r"\btorch\.ops\b", {"ops.py"}, "only ops.py touches torch.ops"),
+        ("tests/reference", r"^\s*(from|import)\s+stateful_kv\b", set(), "references use own code"),
+    )
+    for folder, pattern, exempt, why in rules:
+        for path in sorted((root / folder).rglob("*.py")):
+            if path.name in exempt:
+                continue
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                if re.search(pattern, line.partition("#")[0]):
+                    yield f"{path.relative_to(root)}:{number}: {why}"
+
+
+def main(root: Path) -> int:
+    errors = [*cpp_errors(root), *python_errors(root)]
+    print("\n".join(errors) if errors else "layers: no forbidden include or import")
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(__file__).resolve().parent.parent))
