@@ -1,0 +1,57 @@
+// Parameters of the two large kernels, plain data for CPU and CUDA alike. Symbols: S sequences,
+// N new tokens (ragged), H query heads, Hk KV heads, D head dim, P pages, B page_size, M max pages.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/kernels/kv_layout.h"
+
+namespace skv {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+struct PagedAttentionParams {
+  const void* query;             // [N, H, D], activation dtype, D contiguous
+  const void* k_pool;            // [P, Hk, B, D], NaN allowed outside live slots
+  const void* v_pool;            // [P, Hk, B, D], NaN allowed outside live slots
+  const int32_t* page_table;     // [S, M], entries past ceil(seq_len/B) are never read
+  const int32_t* seq_lens;       // [S], KV length including this step's rows
+  const int32_t* query_offsets;  // [S + 1], rows of sequence s are [offsets[s], offsets[s+1])
+  void* output;                  // [N, H, D], contiguous, activation dtype
+  KvLayout layout;
+  DType activation_dtype;
+  DType kv_dtype;
+  int64_t num_sequences;          // S
+  int64_t num_rows;               // N
+  int64_t num_heads;              // H, a multiple of Hk
+  int64_t max_pages;              // M
+  int64_t query_row_stride;       // elements between rows of query
+  int64_t query_head_stride;      // elements between heads of query
+  int64_t page_table_row_stride;  // elements between rows of page_table
+  float scale;
+  int64_t sliding_window;  // keys with position > row - window are seen; 0 = all
+  float soft_cap;          // c > 0: score = c * tanh(score / c), after scale; 0 = off
+};
+
+enum class WeightFormat : int32_t { kFloat32, kInt8, kInt4 };
+
+// Columns of a weight panel: all formats keep 16 output columns together.
+inline constexpr int64_t kPanelColumns = 16;
+// Weights that share one scale (and minimum) along K.
+inline constexpr int64_t kGroupSize = 32;
+
+struct QuantizedLinearParams {
+  const float* input;     // [N, K], K contiguous
+  const void* weight;     // fp32 [Np, K, 16] | int8 [Np, K, 16] | uint8 [Np, K/2, 16]
+  const float* scales;    // [Np, K/32, 16], null for fp32
+  const float* minimums;  // [Np, K/32, 16], 4-bit only
+  const float* bias;      // [out], or null
+  float* output;          // [N, out], contiguous
+  WeightFormat format;
+  int64_t num_rows;          // N
+  int64_t in_features;       // K
+  int64_t out_features;      // out; Np = ceil(out / 16)
+  int64_t input_row_stride;  // elements between rows of input
+};
+
+}  // namespace skv
