@@ -1,0 +1,192 @@
+// Argument checks of the ops. Every message reads "op: argument: expected ..., got ...".
+//
+//   const OpCheck check{"append_kv", k_pool.device()};
+//   check("slots", slots).dtype({at::kLong}).shape({{"N", num_rows}}).contiguous();
+//
+// A wrong dtype is a TypeError, everything else a ValueError.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/GradMode.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+namespace skv::bindings {
+
+using DtypeList = std::initializer_list<at::ScalarType>;
+inline constexpr DtypeList kPoolDtypes{at::kFloat, at::kHalf, at::kBFloat16};
+inline constexpr DtypeList kIdDtypes{at::kInt, at::kLong};
+
+inline constexpr int64_t kAnySize = -1;
+
+// One dimension of an expected shape: its symbol, and its size unless any will do.
+struct Dim {
+  const char* symbol;
+  int64_t size = kAnySize;
+};
+
+inline std::string dtype_name(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return "float32";
+    case at::kDouble:
+      return "float64";
+    case at::kHalf:
+      return "float16";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kChar:
+      return "int8";
+    case at::kByte:
+      return "uint8";
+    case at::kShort:
+      return "int16";
+    case at::kInt:
+      return "int32";
+    case at::kLong:
+      return "int64";
+    case at::kBool:
+      return "bool";
+    default:
+      return at::toString(dtype);
+  }
+}
+
+// "float32[3, 4]"
+inline std::string describe(const at::Tensor& tensor) {
+  std::ostringstream text;
+  text << dtype_name(tensor.scalar_type()) << tensor.sizes();
+  return text.str();
+}
+
+// The checks of one tensor argument; each returns the object, so that they chain.
+class ArgumentCheck {
+ public:
+  ArgumentCheck(const char* op, const char* name, const at::Tensor& tensor)
+      : op_(op), name_(name), tensor_(tensor) {}
+
+  const ArgumentCheck& dtype(DtypeList allowed) const {
+    for (at::ScalarType candidate : allowed) {
+      if (tensor_.scalar_type() == candidate) return *this;
+    }
+    std::string names;
+    for (const at::ScalarType& candidate : allowed) {
+      if (std::find(allowed.begin(), &candidate, candidate) != &candidate) continue;  // repeated
+      names += (names.empty() ? "" : " or ") + dtype_name(candidate);
+    }
+    TORCH_CHECK_TYPE(false, op_, ": ", name_, ": expected dtype ", names, ", got ",
+                     describe(tensor_));
+  }
+
+  const ArgumentCheck& shape(std::initializer_list<Dim> dims) const {
+    bool is_equal = tensor_.dim() == static_cast<int64_t>(dims.size());
+    int64_t axis = 0;
+    for (const Dim& dim : dims) {
+      if (!is_equal) break;
+      is_equal = dim.size == kAnySize || tensor_.size(axis) == dim.size;
+      ++axis;
+    }
+    if (!is_equal) {
+      TORCH_CHECK_VALUE(false, op_, ": ", name_, ": expected shape ", describe_shape(dims),
+                        ", got ", describe(tensor_));
+    }
+    return *this;
+  }
+
+  const ArgumentCheck& contiguous() const {
+    TORCH_CHECK_VALUE(tensor_.is_contiguous(), op_, ": ", name_,
+                      ": expected a contiguous tensor, got ", describe(tensor_), " with strides ",
+                      tensor_.strides());
+    return *this;
+  }
+
+  const ArgumentCheck& last_dim_contiguous() const {
+    TORCH_CHECK_VALUE(tensor_.dim() > 0 && (tensor_.size(-1) <= 1 || tensor_.stride(-1) == 1), op_,
+                      ": ", name_, ": expected a contiguous last dimension, got ",
+                      describe(tensor_), " with strides ", tensor_.strides());
+    return *this;
+  }
+
+  // The tensor will be written: no two of its elements may share memory.
+  const ArgumentCheck& writable() const {
+    for (int64_t axis = 0; axis < tensor_.dim(); ++axis) {
+      TORCH_CHECK_VALUE(tensor_.size(axis) <= 1 || tensor_.stride(axis) != 0, op_, ": ", name_,
+                        ": expected a tensor that can be written in place, got ", describe(tensor_),
+                        " with strides ", tensor_.strides());
+    }
+    return *this;
+  }
+
+  const ArgumentCheck& device(at::Device expected) const {
+    TORCH_CHECK_VALUE(tensor_.device() == expected, op_, ": ", name_, ": expected device ",
+                      expected, ", got ", describe(tensor_), " on ", tensor_.device());
+    return *this;
+  }
+
+  // The ops have no backward: fail here instead of returning silently detached results.
+  const ArgumentCheck& no_grad() const {
+    TORCH_CHECK_VALUE(!(tensor_.requires_grad() && c10::GradMode::is_enabled()), op_, ": ", name_,
+                      ": expected a tensor without gradient (the op is for inference; use "
+                      "torch.no_grad()), got requires_grad=True");
+    return *this;
+  }
+
+ private:
+  // "[N, Hk, D] with N = 3, D = 64"
+  static std::string describe_shape(std::initializer_list<Dim> dims) {
+    std::string symbols;
+    std::string sizes;
+    for (const Dim& dim : dims) {
+      symbols += (symbols.empty() ? "" : ", ") + std::string(dim.symbol);
+      const bool is_number =
+          std::string_view("0123456789").find(dim.symbol[0]) != std::string::npos;
+      if (dim.size == kAnySize || is_number) continue;
+      sizes += (sizes.empty() ? " with " : ", ") + std::string(dim.symbol) + " = " +
+               std::to_string(dim.size);
+    }
+    return "[" + symbols + "]" + sizes;
+  }
+
+  const char* op_;
+  const char* name_;
+  const at::Tensor& tensor_;
+};
+
+// Starts the checks of each argument of one call; all tensors must live on one device.
+class OpCheck {
+ public:
+  OpCheck(const char* op, at::Device device) : op_(op), device_(device) {}
+
+  ArgumentCheck operator()(const char* name, const at::Tensor& tensor) const {
+    ArgumentCheck argument(op_, name, tensor);
+    argument.device(device_).no_grad();
+    return argument;
+  }
+
+  // A condition on a value: check.value("eps", eps >= 0, "a number >= 0", eps). A tensor is
+  // described by dtype and shape.
+  template <typename Got>
+  void value(const char* name, bool is_valid, std::string_view expected, const Got& got) const {
+    if (is_valid) return;
+    if constexpr (std::is_same_v<Got, at::Tensor>) {
+      TORCH_CHECK_VALUE(false, op_, ": ", name, ": expected ", expected, ", got ", describe(got));
+    } else {
+      TORCH_CHECK_VALUE(false, op_, ": ", name, ": expected ", expected, ", got ", got);
+    }
+  }
+
+  const char* op() const { return op_; }
+
+ private:
+  const char* op_;
+  at::Device device_;
+};
+
+}  // namespace skv::bindings

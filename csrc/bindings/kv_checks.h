@@ -1,0 +1,95 @@
+// Checks shared by the ops that read or write the KV pool, for every device, and the checks of
+// slot, position and offset values, for tensors in host memory.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/bindings/checks.h"
+#include "csrc/kernels/kv_layout.h"
+
+namespace skv::bindings {
+
+// k_pool and v_pool: float32|float16|bfloat16 [P, Hk, B, D], equal in dtype and shape, contiguous.
+inline KvLayout check_pools(const OpCheck& check, const at::Tensor& k_pool,
+                            const at::Tensor& v_pool) {
+  check("k_pool", k_pool).dtype(kPoolDtypes).shape({{"P"}, {"Hk"}, {"B"}, {"D"}}).contiguous();
+  const KvLayout layout{k_pool.size(0), k_pool.size(1), k_pool.size(2), k_pool.size(3)};
+  check("v_pool", v_pool)
+      .dtype({k_pool.scalar_type()})
+      .shape({{"P", layout.num_pages},
+              {"Hk", layout.num_kv_heads},
+              {"B", layout.page_size},
+              {"D", layout.head_dim}})
+      .contiguous();
+  check.value("k_pool", layout.page_size > 0 && layout.head_dim > 0, "B > 0 and D > 0", k_pool);
+  return layout;
+}
+
+// The pools of one layer, or of all layers at once.
+struct PoolStack {
+  int64_t num_layers;
+  KvLayout layout;
+};
+
+// k_pool and v_pool: as check_pools, or with a leading dimension: [num_layers, P, Hk, B, D].
+inline PoolStack check_pool_stacks(const OpCheck& check, const at::Tensor& k_pool,
+                                   const at::Tensor& v_pool) {
+  if (k_pool.dim() != 5) return {1, check_pools(check, k_pool, v_pool)};
+  check("k_pool", k_pool).dtype(kPoolDtypes).contiguous();
+  check("v_pool", v_pool)
+      .dtype({k_pool.scalar_type()})
+      .shape({{"num_layers", k_pool.size(0)},
+              {"P", k_pool.size(1)},
+              {"Hk", k_pool.size(2)},
+              {"B", k_pool.size(3)},
+              {"D", k_pool.size(4)}})
+      .contiguous();
+  return {k_pool.size(0), {k_pool.size(1), k_pool.size(2), k_pool.size(3), k_pool.size(4)}};
+}
+
+// k or v of the new tokens: [N, Hk, D], rows and heads may be strided.
+inline void check_new_rows(const OpCheck& check, const char* name, const at::Tensor& rows,
+                           DtypeList dtypes, int64_t num_rows, const KvLayout& layout) {
+  check(name, rows)
+      .dtype(dtypes)
+      .shape({{"N", num_rows}, {"Hk", layout.num_kv_heads}, {"D", layout.head_dim}})
+      .last_dim_contiguous();
+}
+
+// Host memory only. slots: int64[N], each -1 or in [0, P * B).
+inline void check_slot_values(const OpCheck& check, const at::Tensor& slots,
+                              const KvLayout& layout) {
+  const int64_t* values = slots.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < slots.numel(); ++i) {
+    TORCH_CHECK_VALUE(values[i] >= -1 && values[i] < layout.num_slots(), check.op(),
+                      ": slots: expected -1 or a slot in [0, P * B = ", layout.num_slots(),
+                      "), got ", values[i], " at index ", i);
+  }
+}
+
+// Host memory only. offsets: int32[S + 1] from 0, ascending, up to `total`.
+inline void check_offset_values(const OpCheck& check, const char* name, const at::Tensor& offsets,
+                                int64_t total) {
+  const int32_t* values = offsets.const_data_ptr<int32_t>();
+  const int64_t last = offsets.numel() - 1;
+  TORCH_CHECK_VALUE(values[0] == 0, check.op(), ": ", name, ": expected offsets that start at 0, ",
+                    "got ", values[0]);
+  for (int64_t i = 0; i < last; ++i) {
+    TORCH_CHECK_VALUE(values[i] <= values[i + 1], check.op(), ": ", name,
+                      ": expected ascending offsets, got ", values[i], " before ", values[i + 1],
+                      " at index ", i);
+  }
+  TORCH_CHECK_VALUE(values[last] == total, check.op(), ": ", name,
+                    ": expected offsets that end at the number of rows = ", total, ", got ",
+                    values[last]);
+}
+
+// int32[S + 1] with at least one element, contiguous; returns S.
+inline int64_t check_offsets_shape(const OpCheck& check, const char* name,
+                                   const at::Tensor& offsets) {
+  check(name, offsets).dtype({at::kInt}).shape({{"S + 1"}}).contiguous();
+  check.value(name, offsets.numel() > 0, "shape [S + 1] with S >= 0", offsets);
+  return offsets.numel() - 1;
+}
+
+}  // namespace skv::bindings

@@ -1,0 +1,35 @@
+// The schemas of all ops. A mutating op returns nothing and marks every tensor it writes; kernels
+// are registered by device key in ops of the matching name (*_ops_cpu.cpp, *_ops_cuda.cpp), fake
+// kernels and documentation are in python/stateful_kv/ops.py.
+#include <ATen/core/enum_tag.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY(stateful_kv, m) {
+  m.set_python_module("stateful_kv.ops");
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def("append_kv(Tensor k, Tensor v, Tensor slots, Tensor(a!) k_pool, Tensor(b!) v_pool) -> ()",
+        tags);
+  m.def("copy_pages(Tensor page_copies, Tensor(a!) k_pool, Tensor(b!) v_pool) -> ()", tags);
+  m.def(
+      "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor page_table, Tensor seq_lens, "
+      "Tensor query_offsets, float scale, int sliding_window=0, float soft_cap=0.0) -> Tensor",
+      tags);
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", tags);
+  m.def(
+      "rope_append_kv(Tensor(a!) q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, "
+      "Tensor slots, Tensor(b!) k_pool, Tensor(c!) v_pool) -> ()",
+      tags);
+  m.def("silu_mul(Tensor gate_up) -> Tensor", tags);
+  m.def(
+      "quantized_linear(Tensor x, Tensor weight, Tensor? scales, Tensor? minimums, Tensor? bias, "
+      "int out_features) -> Tensor",
+      tags);
+  m.def(
+      "ngram_lookup(Tensor tokens, Tensor offsets, int min_n, int max_n, int max_draft) -> "
+      "(Tensor draft_ids, Tensor num_draft)",
+      tags);
+  m.def(
+      "verify_draft(Tensor draft_ids, Tensor target_ids, Tensor draft_offsets) -> "
+      "(Tensor num_accepted, Tensor bonus_ids)",
+      tags);
+}

@@ -1,0 +1,160 @@
+// RadixTree and NgramIndex in Python: convert, forward, nothing else.
+#include "csrc/bindings/array_args.h"
+#include "csrc/bindings/state_objects.h"
+
+namespace py = pybind11;
+
+namespace skv::bindings {
+namespace {
+
+// From here on a call is long enough (some 2 us a match, 20 us an insert) to free the GIL.
+constexpr int64_t kLongTokens = 16384;
+constexpr int64_t kLongEviction = 1024;
+
+struct MatchObject {
+  const TreeObject* tree;  // only compared, never followed
+  NodeHandle node;
+  int64_t num_tokens;
+  at::Tensor pages;
+};
+
+struct InsertObject {
+  int64_t num_matched;
+  at::Tensor pages;
+};
+
+MatchObject match(TreeObject& self, RootKey root_key, py::handle tokens) {
+  const IntArray ids(tokens, "RadixTree.match: tokens");
+  Entry entry(self.busy);
+  const Match found =
+      run_work(ids.size() >= kLongTokens, [&] { return self.core.match(root_key, ids.tokens()); });
+  return {&self, found.node, found.num_tokens, to_tensor(found.pages)};
+}
+
+void touch(TreeObject& self, const MatchObject& match) {
+  if (match.tree != &self) {
+    throw std::invalid_argument("RadixTree.touch: match: expected a match of this tree");
+  }
+  Entry entry(self.busy);
+  self.core.touch(match.node);
+}
+
+InsertObject insert(TreeObject& self, RootKey root_key, py::handle tokens, py::handle pages) {
+  const IntArray ids(tokens, "RadixTree.insert: tokens");
+  const IntArray page_ids(pages, "RadixTree.insert: pages");
+  const std::span<const PageId> page_span = page_ids.int32();
+  Entry entry(self.busy, self.pool->busy);
+  const InsertResult result = run_work(ids.size() >= kLongTokens, [&] {
+    return self.core.insert(root_key, ids.tokens(), page_span);
+  });
+  return {result.num_matched, to_tensor(result.pages)};
+}
+
+int64_t evict(TreeObject& self, int64_t num_pages) {
+  Entry entry(self.busy, self.pool->busy);
+  const bool is_long = num_pages >= kLongEviction || self.core.num_nodes() >= kLongEviction;
+  return run_work(is_long, [&] { return self.core.evict(num_pages); });
+}
+
+// A method that looks at the tree and perhaps at the pool.
+template <auto method>
+auto of_tree() {
+  return [](TreeObject& self) {
+    Entry entry(self.busy, self.pool->busy);
+    return (self.core.*method)();
+  };
+}
+
+void bind_radix_tree(py::module_& module) {
+  py::class_<MatchObject>(module, "Match")
+      .def_readonly("num_tokens", &MatchObject::num_tokens)
+      .def_readonly("pages", &MatchObject::pages);
+  py::class_<InsertObject>(module, "InsertResult")
+      .def_readonly("num_matched", &InsertObject::num_matched)
+      .def_readonly("pages", &InsertObject::pages);
+  py::class_<TreeObject>(module, "RadixTree")
+      .def(py::init<std::shared_ptr<PoolObject>>(), py::arg("pool").none(false))
+      .def("match", &match, py::arg("root_key"), py::arg("tokens"))
+      .def("touch", &touch, py::arg("match"))
+      .def("insert", &insert, py::arg("root_key"), py::arg("tokens"), py::arg("pages"))
+      .def(
+          "pin",
+          [](TreeObject& self, RootKey root_key, py::handle tokens) {
+            const IntArray ids(tokens, "RadixTree.pin: tokens");
+            Entry entry(self.busy, self.pool->busy);
+            return self.core.pin(root_key, ids.tokens());
+          },
+          py::arg("root_key"), py::arg("tokens"))
+      .def(
+          "pinned_length",
+          [](TreeObject& self, PinId pin) {
+            Entry entry(self.busy);
+            return self.core.pinned_length(pin);
+          },
+          py::arg("pin"))
+      .def(
+          "unpin",
+          [](TreeObject& self, PinId pin) {
+            Entry entry(self.busy);
+            self.core.unpin(pin);
+          },
+          py::arg("pin"))
+      .def("evict", &evict, py::arg("num_pages"))
+      .def("evict_all", [](TreeObject& self) { return evict(self, self.pool->core.num_pages()); })
+      .def("num_evictable_pages", of_tree<&RadixTree::num_evictable_pages>())
+      .def("num_pinned_pages", of_tree<&RadixTree::num_pinned_pages>())
+      .def("num_tree_pages", of_tree<&RadixTree::num_tree_pages>())
+      .def("num_nodes", of_tree<&RadixTree::num_nodes>())
+      .def("check_integrity", of_tree<&RadixTree::check_integrity>());
+}
+
+void bind_ngram_index(py::module_& module) {
+  py::class_<IndexObject>(module, "NgramIndex")
+      .def(py::init<int64_t, int64_t>(), py::arg("min_n") = 2, py::arg("max_n") = 8)
+      .def(
+          "append",
+          [](IndexObject& self, py::handle tokens) {
+            const IntArray ids(tokens, "NgramIndex.append: tokens");
+            Entry entry(self.busy);
+            self.core.append(ids.tokens());
+          },
+          py::arg("tokens"))
+      .def(
+          "truncate",
+          [](IndexObject& self, int64_t length) {
+            Entry entry(self.busy);
+            self.core.truncate(length);
+          },
+          py::arg("length"))
+      .def("size",
+           [](IndexObject& self) {
+             Entry entry(self.busy);
+             return self.core.size();
+           })
+      .def(
+          "propose",
+          [](IndexObject& self, int64_t max_tokens) {
+            Entry entry(self.busy);
+            const Draft draft = self.core.propose(max_tokens);
+            return py::make_tuple(to_tensor(draft.tokens), draft.match_len);
+          },
+          py::arg("max_tokens"))
+      .def("fork",
+           [](IndexObject& self) {
+             Entry entry(self.busy);
+             return std::make_unique<IndexObject>(self.core.fork());
+           })
+      .def("check_integrity", [](IndexObject& self) {
+        Entry entry(self.busy);
+        return self.core.check_integrity();
+      });
+}
+
+}  // namespace
+
+void bind_indexes(py::module_& module) {
+  bind_radix_tree(module);
+  bind_ngram_index(module);
+}
+
+}  // namespace skv::bindings

@@ -1,0 +1,64 @@
+// What was built, and what of it runs here.
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "csrc/bindings/state_objects.h"
+#include "csrc/kernels/cpu/select_isa.h"
+
+namespace py = pybind11;
+
+namespace skv::bindings {
+namespace {
+
+#ifdef SKV_WITH_CUDA
+constexpr bool kHasCuda = true;
+constexpr const char* kCudaArchs = SKV_CUDA_ARCHS;
+#else
+constexpr bool kHasCuda = false;
+constexpr const char* kCudaArchs = "";
+#endif
+
+std::string compiler_name() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+// Joined by commas: CMake cuts a compile definition in two at a semicolon.
+std::vector<std::string> split_list(const std::string& joined) {
+  std::vector<std::string> items;
+  std::istringstream stream(joined);
+  for (std::string item; std::getline(stream, item, ',');) items.push_back(item);
+  return items;
+}
+
+py::dict build_info() {
+  std::vector<std::string> isas;
+  for (const std::string_view name : cpu::built_isas()) isas.emplace_back(name);
+  py::dict info;
+  info["version"] = SKV_PROJECT_VERSION;
+  info["torch"] = SKV_TORCH_VERSION;
+  info["compiler"] = compiler_name();
+  info["cuda"] = kHasCuda;
+  info["cuda_archs"] = split_list(kCudaArchs);
+  info["cpu_isas"] = isas;
+  return info;
+}
+
+}  // namespace
+
+void bind_info(py::module_& module) {
+  module.def("build_info", &build_info);
+  module.def("cpu_isa", [] { return std::string(cpu::kernels().isa); });
+  // Empty unless STATEFUL_KV_CPU_ISA names a set that cannot be used.
+  module.def("cpu_isa_error", [] { return cpu::isa_error(); });
+}
+
+}  // namespace skv::bindings

@@ -1,0 +1,44 @@
+// All that op files take from torch beside the argument checks of checks.h. Keep it small: what is
+// listed here is what a build on torch's stable ABI would have to replace.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "csrc/core/parallel_for.h"
+#include "csrc/kernels/params.h"
+
+namespace skv::bindings {
+
+// Lends torch's threads to a kernel: pass torch_parallel_for where a ParallelFor is wanted.
+struct TorchParallelFor {
+  void operator()(int64_t n, int64_t grain, RangeBody body) const {
+    at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end); });
+  }
+};
+inline constexpr TorchParallelFor torch_parallel_for{};
+
+// Precondition: one of the three dtypes, see kPoolDtypes in checks.h.
+inline DType dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      TORCH_INTERNAL_ASSERT(tensor.scalar_type() == at::kFloat);
+      return DType::kFloat32;
+  }
+}
+
+// A fresh contiguous tensor on the device of `like`.
+inline at::Tensor empty_tensor(std::initializer_list<int64_t> sizes, at::ScalarType dtype,
+                               const at::Tensor& like) {
+  return at::empty(at::IntArrayRef(sizes), like.options().dtype(dtype).requires_grad(false));
+}
+
+}  // namespace skv::bindings

@@ -1,0 +1,172 @@
+"""The compiled state objects.
+
+Array arguments are read in place: a contiguous one-dimensional int32 or int64 torch tensor or numpy
+array on the CPU (page ids and query lengths int32 only, sequence ids int64 only); anything else is
+a TypeError. Bad values are a ValueError, unknown ids an IndexError, a broken invariant is an
+InvariantError; in each case nothing has changed. A second thread that enters an object during a
+call gets a RuntimeError.
+"""
+
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+IntArray = torch.Tensor | npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Int32Array = torch.Tensor | npt.NDArray[np.int32]
+Int64Array = torch.Tensor | npt.NDArray[np.int64]
+
+class PagePool:
+    """Free list and reference counts of the pages of one KV pool."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None: ...
+    def allocate(self, n: int) -> torch.Tensor | None:
+        """n pages (int32[n]) with one reference each, or None when fewer are free."""
+
+    def retain(self, pages: Int32Array) -> None:
+        """One more reference for each entry."""
+
+    def release(self, pages: Int32Array) -> None:
+        """One reference less for each entry; the last one makes a page free."""
+
+    def ref_count(self, page: int) -> int: ...
+    def num_free(self) -> int: ...
+    def num_pages(self) -> int: ...
+    def page_size(self) -> int: ...
+    def check_integrity(self) -> str | None:
+        """The first violation found, or None."""
+
+class SequenceTable:
+    """Page list and length of every sequence."""
+
+    def __init__(self, pool: PagePool) -> None: ...
+    def create(self) -> int:
+        """An empty sequence; ids are never reused."""
+
+    def adopt(self, pages: Int32Array, num_tokens: int) -> int:
+        """A sequence that already holds num_tokens committed tokens on shared pages."""
+
+    def append(self, seq: int, n: int) -> torch.Tensor | None:
+        """Reserves exactly n slots after the committed tokens.
+
+        Returns the page copies to do before writing, int32[C, 2] (from, to), C = 0 or 1; None when
+        the pool has too few free pages.
+        """
+
+    def pages_needed(self, seq: int, n: int) -> int:
+        """Fresh pages, copy-on-write included, that append would take."""
+
+    def commit(self, seq: int, n: int) -> None:
+        """The first n reserved tokens stay, the rest of the reservation is dropped."""
+
+    def truncate(self, seq: int, length: int) -> None:
+        """Drops the reservation and all tokens from length on."""
+
+    def fork(self, seq: int) -> int:
+        """A new sequence with the same tokens; the parent must have no reservation."""
+
+    def release(self, seq: int) -> None: ...
+    def replace_prefix(self, seq: int, pages: Int32Array) -> None:
+        """Swaps the first full pages for pages of equal content."""
+
+    def length(self, seq: int) -> int: ...
+    def num_reserved(self, seq: int) -> int: ...
+    def num_pages(self, seq: int) -> int: ...
+    def page_table(self, seq: int) -> torch.Tensor:
+        """A copy, int32[num_pages]."""
+
+    def fill_batch(
+        self, sequence_ids: Int64Array, query_lens: Int32Array
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Arrays of one step over reserved rows.
+
+        Returns page_table int32[S, M] (-1 past the pages in use), seq_lens int32[S] (committed +
+        query_len), query_offsets int32[S + 1], positions int32[N], slots int64[N].
+        """
+
+    def num_sequences(self) -> int: ...
+    def check_integrity(self) -> str | None: ...
+
+class Match:
+    """The longest cached prefix; `pages` are the tree's and not retained."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def pages(self) -> torch.Tensor: ...
+
+class InsertResult:
+    """What was there before, and the canonical pages of the whole path."""
+
+    @property
+    def num_matched(self) -> int: ...
+    @property
+    def pages(self) -> torch.Tensor: ...
+
+class RadixTree:
+    """Which token prefixes have KV in the pool, and on which pages."""
+
+    def __init__(self, pool: PagePool) -> None: ...
+    def match(self, root_key: int, tokens: IntArray) -> Match:
+        """Longest cached prefix; changes nothing."""
+
+    def touch(self, match: Match) -> None:
+        """Marks the path of a match as just used."""
+
+    def insert(self, root_key: int, tokens: IntArray, pages: Int32Array) -> InsertResult:
+        """Makes tokens matchable; retains only the pages of new tokens. Idempotent."""
+
+    def pin(self, root_key: int, tokens: IntArray) -> int:
+        """Protects the longest cached prefix from eviction; pins nest."""
+
+    def pinned_length(self, pin: int) -> int: ...
+    def unpin(self, pin: int) -> None: ...
+    def evict(self, num_pages: int) -> int:
+        """Drops least recently used pages until that many became free; returns how many did."""
+
+    def evict_all(self) -> int: ...
+    def num_evictable_pages(self) -> int: ...
+    def num_pinned_pages(self) -> int: ...
+    def num_tree_pages(self) -> int: ...
+    def num_nodes(self) -> int: ...
+    def check_integrity(self) -> str | None: ...
+
+class NgramIndex:
+    """Where the last few tokens occurred before, and what followed."""
+
+    def __init__(self, min_n: int = 2, max_n: int = 8) -> None: ...
+    def append(self, tokens: IntArray) -> None: ...
+    def truncate(self, length: int) -> None: ...
+    def size(self) -> int: ...
+    def propose(self, max_tokens: int) -> tuple[torch.Tensor, int]:
+        """The draft (int32) and the length of the suffix it was found by (0 = none)."""
+
+    def fork(self) -> NgramIndex:
+        """An independent index of the same text; copied when one of the two changes."""
+
+    def check_integrity(self) -> str | None: ...
+
+class BuildInfo(TypedDict):
+    """What was built."""
+
+    version: str
+    torch: str
+    compiler: str
+    cuda: bool
+    cuda_archs: list[str]
+    cpu_isas: list[str]
+
+def build_info() -> BuildInfo: ...
+def cpu_isa() -> str:
+    """The instruction set of the CPU kernels in use."""
+
+def cpu_isa_error() -> str:
+    """Why STATEFUL_KV_CPU_ISA could not be honoured; empty if it was, or is not set."""
+
+def check_references(
+    pool: PagePool, table: SequenceTable | None, trees: list[RadixTree]
+) -> str | None:
+    """Recounts all holders of all pages; the first difference from the pool's counts, or None."""
+
+def _set_error_types(types: dict[str, Any]) -> None: ...

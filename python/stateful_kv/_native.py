@@ -1,0 +1,89 @@
+"""Loads the extension: torch first, then `_C`, then the check that the two fit together."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import NoReturn
+
+import torch
+
+from stateful_kv.errors import BuildMismatchError, DeviceUnavailableError, InvariantError
+
+_REBUILD = "pip install --no-build-isolation --force-reinstall ."
+
+
+def _fail_to_load(error: ImportError) -> NoReturn:
+    """Tells a library that is missing from one that does not fit."""
+    if importlib.util.find_spec("stateful_kv._C") is None:
+        raise ImportError(
+            "stateful_kv._C, the compiled extension, is not built; in the source folder run: "
+            "pip install --no-build-isolation ."
+        ) from error
+    raise BuildMismatchError(
+        f"stateful_kv._C cannot be loaded with torch {torch.__version__}: {error}. "
+        f"It was built for another torch or Python; in the source folder run: {_REBUILD}"
+    ) from error
+
+
+try:
+    from stateful_kv import _C
+except ImportError as error:
+    _fail_to_load(error)
+
+
+def _minor(version: str) -> tuple[str, ...]:
+    """Major and minor of a version: torch keeps its C++ interface only within a minor version."""
+    return tuple(version.split("+")[0].split(".")[:2])
+
+
+def check_torch_version(built: str, running: str) -> None:
+    """Raises BuildMismatchError unless both versions of torch have the same major and minor."""
+    if _minor(built) != _minor(running):
+        raise BuildMismatchError(
+            f"stateful_kv was built with torch {built}, but torch {running} is running; "
+            f"in the source folder run: {_REBUILD}"
+        )
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device as torch names it, if this build has kernels for it and it is there.
+
+    Raises:
+        DeviceUnavailableError: the message says which of the two is missing.
+    """
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceUnavailableError(f"device {device}: expected cpu or cuda") from error
+    if wanted.type == "cpu":
+        return wanted
+    if wanted.type != "cuda":
+        raise DeviceUnavailableError(f"device {wanted}: expected cpu or cuda")
+    if not _C.build_info()["cuda"]:
+        raise DeviceUnavailableError(
+            f"device {wanted}: stateful_kv was built without CUDA; with a CUDA build of torch and "
+            f"nvcc installed, run in the source folder: STATEFUL_KV_CUDA=ON {_REBUILD}"
+        )
+    num_devices = torch.cuda.device_count()
+    if num_devices == 0 or (wanted.index is not None and wanted.index >= num_devices):
+        raise DeviceUnavailableError(f"device {wanted}: torch sees {num_devices} CUDA devices")
+    return wanted
+
+
+check_torch_version(str(_C.build_info()["torch"]), torch.__version__)
+if _isa_error := _C.cpu_isa_error():
+    raise ImportError(_isa_error)
+_C._set_error_types({"InvariantError": InvariantError})
+
+
+def build_info() -> dict[str, object]:
+    """What was built and what runs: versions, compiler, CUDA, instruction sets.
+
+    Returns:
+        Plain data: version, torch, python, compiler, cuda (False without CUDA kernels),
+        cuda_archs, cpu_isas (built) and cpu_isa (the one in use).
+    """
+    return {**_C.build_info(), "cpu_isa": _C.cpu_isa()}
+
+
+__all__ = ["_C", "build_info", "check_torch_version"]

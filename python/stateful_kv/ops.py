@@ -1,0 +1,350 @@
+"""The ops of `torch.ops.stateful_kv`: one documented function each, its fake kernel right below.
+
+Symbols: S sequences, N new tokens of all sequences together, H query heads, Hk KV heads, D head
+dimension, P pages in the pool, B page_size, M pages a sequence has at most, K input features,
+V vocabulary. A slot is page * B + offset: one token position in the pool.
+
+Rules that hold for every op:
+
+- A wrong dtype is a TypeError; a wrong device, shape, stride or value is a ValueError. The message
+  reads "op: argument: expected ..., got ...". Nothing is written if an argument is refused.
+- No op copies or converts an argument behind your back: a layout it cannot read is an error.
+- Values of ids, offsets and lengths are checked on the CPU only; on CUDA they are trusted.
+- The ops are for inference: a tensor that requires grad is refused unless grad mode is off.
+- An op that writes into its arguments returns None; the others return fresh tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import stateful_kv._native  # noqa: F401  (loads the library that registers the ops)
+
+_ops = torch.ops.stateful_kv
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _fake(op: str) -> Callable[[_Function], _Function]:
+    """Registers the decorated function as the fake kernel of an op."""
+    register: Callable[[_Function], _Function] = torch.library.register_fake(f"stateful_kv::{op}")
+    return register
+
+
+def _check_devices(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """Refuses mixed devices in fake kernels too: one meta tensor would turn the op into a no-op."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name}: expected device {device}, got {tensor.device}")
+
+
+def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
+    """Writes the keys and values of new tokens to their slots, in the dtype of the pool.
+
+    On the CPU, of rows with the same slot the last one stays; on CUDA any of them may.
+
+    Args:
+        k: float32 or dtype of the pool [N, Hk, D], D contiguous - new keys.
+        v: dtype of k [N, Hk, D], D contiguous - new values.
+        slots: int64[N], contiguous - where each row goes, -1 = the row is skipped.
+        k_pool: float32|float16|bfloat16 [P, Hk, B, D], contiguous - written in place.
+        v_pool: dtype and shape of k_pool, contiguous - written in place.
+    """
+    _ops.append_kv.default(k, v, slots, k_pool, v_pool)
+
+
+@_fake("append_kv")
+def _(k: Tensor, v: Tensor, slots: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
+    _check_devices("append_kv", k_pool.device, k=k, v=v, slots=slots, v_pool=v_pool)
+
+
+def copy_pages(page_copies: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
+    """Copies whole pages within the pools: what copy-on-write asks for.
+
+    Args:
+        page_copies: int32[C, 2], contiguous - (from, to) page ids, taking effect in order.
+        k_pool: [P, Hk, B, D] or [num_layers, P, Hk, B, D], contiguous - written in place.
+        v_pool: dtype and shape of k_pool, contiguous - written in place.
+    """
+    _ops.copy_pages.default(page_copies, k_pool, v_pool)
+
+
+@_fake("copy_pages")
+def _(page_copies: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
+    _check_devices("copy_pages", k_pool.device, page_copies=page_copies, v_pool=v_pool)
+
+
+def paged_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    query_offsets: Tensor,
+    scale: float,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+) -> Tensor:
+    """Causal attention of ragged query rows over paged keys and values.
+
+    One op for decode (one row a sequence), extend (several) and verify (a draft). Row i of the
+    q_len rows of sequence s has the absolute position seq_lens[s] - q_len + i and sees the keys at
+    positions up to its own. On the CPU the bits of a row depend on its own sequence and position
+    only, not on the batch it is computed in.
+
+    Args:
+        q: float32[N, H, D] (CUDA: also float16, bfloat16), D contiguous, H a multiple of Hk - the
+            query rows; D is a multiple of 16, at most 256.
+        k_pool: float32|float16|bfloat16 [P, Hk, B, D], contiguous, NaN allowed outside live slots.
+        v_pool: dtype and shape of k_pool, contiguous, NaN allowed outside live slots.
+        page_table: int32[S, M], M contiguous - page ids in order, entries past ceil(seq_len/B) are
+            never read.
+        seq_lens: int32[S], contiguous - KV length including this step's rows, at most M * B.
+        query_offsets: int32[S + 1], contiguous, ascending from 0 to N - rows of sequence s are
+            [query_offsets[s], query_offsets[s + 1]); it may have none.
+        scale: factor of the scores, usually D ** -0.5.
+        sliding_window: a row sees only the last `sliding_window` positions; 0 = all.
+        soft_cap: c > 0 turns a score x into c * tanh(x / c), after the scale; 0 = off.
+
+    Returns:
+        [N, H, D] in the dtype of q.
+    """
+    result: Tensor = _ops.paged_attention.default(
+        q, k_pool, v_pool, page_table, seq_lens, query_offsets, scale, sliding_window, soft_cap
+    )
+    return result
+
+
+@_fake("paged_attention")
+def _(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    query_offsets: Tensor,
+    scale: float,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+) -> Tensor:
+    _check_devices(
+        "paged_attention",
+        q.device,
+        k_pool=k_pool,
+        v_pool=v_pool,
+        page_table=page_table,
+        seq_lens=seq_lens,
+        query_offsets=query_offsets,
+    )
+    return q.new_empty(q.shape)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of the last dimension: x / sqrt(mean(x^2) + eps) * weight.
+
+    Args:
+        x: float32[..., E] (CUDA: also float16, bfloat16), E contiguous, the leading dimensions
+            folding into at most two strides - so the heads of a fused projection are read in place.
+        weight: float32[E], contiguous.
+        eps: a number >= 0.
+
+    Returns:
+        Dtype and shape of x, contiguous.
+    """
+    result: Tensor = _ops.rms_norm.default(x, weight, eps)
+    return result
+
+
+@_fake("rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    _check_devices("rms_norm", x.device, weight=weight)
+    return x.new_empty(x.shape)
+
+
+def rope_append_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+) -> None:
+    """Rotary embedding and append in one pass: rotates q in place, writes rotated k and v.
+
+    The rotated pairs are (i, i + D/2). k itself is left as it is.
+
+    Args:
+        q: float32[N, H, D] (CUDA: also float16, bfloat16), D contiguous - rotated in place; may be
+            a view of a fused [N, (H + 2 * Hk) * D] projection, as may k and v.
+        k: dtype of q [N, Hk, D], D contiguous - new keys.
+        v: dtype of q [N, Hk, D], D contiguous - new values.
+        positions: int32[N], contiguous - absolute positions in [0, max_pos).
+        cos_sin: float32[max_pos, D], contiguous - D/2 cosines, then D/2 sines.
+        slots: int64[N], contiguous - where each row goes, -1 = nothing is written for the row.
+        k_pool: float32|float16|bfloat16 [P, Hk, B, D], contiguous - written in place.
+        v_pool: dtype and shape of k_pool, contiguous - written in place.
+    """
+    _ops.rope_append_kv.default(q, k, v, positions, cos_sin, slots, k_pool, v_pool)
+
+
+@_fake("rope_append_kv")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+) -> None:
+    _check_devices(
+        "rope_append_kv",
+        k_pool.device,
+        q=q,
+        k=k,
+        v=v,
+        positions=positions,
+        cos_sin=cos_sin,
+        slots=slots,
+        v_pool=v_pool,
+    )
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Gate of a feed-forward layer: silu(first F) * last F, silu(x) = x / (1 + e^-x).
+
+    Args:
+        gate_up: float32[N, 2F] (CUDA: also float16, bfloat16), last dimension contiguous.
+
+    Returns:
+        [N, F] in the dtype of gate_up.
+    """
+    result: Tensor = _ops.silu_mul.default(gate_up)
+    return result
+
+
+@_fake("silu_mul")
+def _(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    minimums: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """Linear layer with a weight packed in panels of 16 output columns (see quantize.py).
+
+    The dtype of the weight tells its format. Every output element is summed over k in ascending
+    order, then the bias is added, so a row has the same bits for any number of rows.
+
+    Args:
+        x: float32[N, K], K contiguous; K is a multiple of 32 unless the weight is float32.
+        weight: float32[Np, K, 16] | int8[Np, K, 16] | uint8[Np, K/2, 16] with two 4-bit values a
+            byte; contiguous, Np = ceil(out_features / 16).
+        scales: float32[Np, K/32, 16], contiguous; None for a float32 weight.
+        minimums: float32[Np, K/32, 16], contiguous, for a uint8 weight; else None.
+        bias: float32[out_features], contiguous, or None.
+        out_features: columns of the result.
+
+    Returns:
+        float32[N, out_features].
+    """
+    result: Tensor = _ops.quantized_linear.default(x, weight, scales, minimums, bias, out_features)
+    return result
+
+
+@_fake("quantized_linear")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    minimums: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    _check_devices(
+        "quantized_linear", x.device, weight=weight, scales=scales, minimums=minimums, bias=bias
+    )
+    return x.new_empty(x.shape[0], out_features)
+
+
+def ngram_lookup(
+    tokens: Tensor, offsets: Tensor, min_n: int, max_n: int, max_draft: int
+) -> tuple[Tensor, Tensor]:
+    """Prompt lookup: proposes what followed the last earlier occurrence of each text's ending.
+
+    Of the suffixes of min_n to max_n tokens that occur earlier too, the longest is taken, and of
+    its earlier occurrences the most recent. The draft is the text behind it. If the occurrence
+    overlaps the suffix, the text is periodic and the draft goes on periodically; else it stops
+    where the text ends. NgramIndex.propose follows the same rule.
+
+    Args:
+        tokens: int32|int64[T], contiguous - the texts of all sequences, ids in [0, 2^31).
+        offsets: int32[S + 1], contiguous, ascending from 0 to T - text of sequence s is
+            [offsets[s], offsets[s + 1]).
+        min_n: shortest suffix that counts, >= 1.
+        max_n: longest suffix looked for, >= min_n.
+        max_draft: tokens proposed at most, >= 0.
+
+    Returns:
+        draft_ids: int32[S, max_draft], padded with -1.
+        num_draft: int32[S].
+    """
+    result: tuple[Tensor, Tensor] = _ops.ngram_lookup.default(
+        tokens, offsets, min_n, max_n, max_draft
+    )
+    return result
+
+
+@_fake("ngram_lookup")
+def _(
+    tokens: Tensor, offsets: Tensor, min_n: int, max_n: int, max_draft: int
+) -> tuple[Tensor, Tensor]:
+    _check_devices("ngram_lookup", tokens.device, offsets=offsets)
+    num_sequences = offsets.shape[0] - 1
+    return (
+        tokens.new_empty(num_sequences, max_draft, dtype=torch.int32),
+        tokens.new_empty(num_sequences, dtype=torch.int32),
+    )
+
+
+def verify_draft(
+    draft_ids: Tensor, target_ids: Tensor, draft_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Greedy check of drafts against the tokens the model chose at the same places.
+
+    Args:
+        draft_ids: int32|int64[sum of k_s], contiguous - k_s drafted tokens of each sequence s.
+        target_ids: dtype of draft_ids [sum of (k_s + 1)], contiguous - the model's choices; those
+            of sequence s start at draft_offsets[s] + s.
+        draft_offsets: int32[S + 1], contiguous, ascending from 0 - draft of sequence s is
+            [draft_offsets[s], draft_offsets[s + 1]).
+
+    Returns:
+        num_accepted: int32[S] - length of the longest agreeing run.
+        bonus_ids: dtype of draft_ids [S] - the model's choice after that run.
+    """
+    result: tuple[Tensor, Tensor] = _ops.verify_draft.default(draft_ids, target_ids, draft_offsets)
+    return result
+
+
+@_fake("verify_draft")
+def _(draft_ids: Tensor, target_ids: Tensor, draft_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    _check_devices(
+        "verify_draft", draft_ids.device, target_ids=target_ids, draft_offsets=draft_offsets
+    )
+    num_sequences = draft_offsets.shape[0] - 1
+    return (
+        draft_ids.new_empty(num_sequences, dtype=torch.int32),
+        draft_ids.new_empty(num_sequences),
+    )
