@@ -1,0 +1,1 @@
+"""Loaders, tokenizers and the model definition."""
