@@ -82,12 +82,10 @@ class CMakeBuild(build_ext):
                 configure.append(f"-D{option}={value}")
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run(["cmake", "--build", str(build_dir), "--target", "_C", "-j", jobs], check=True)
-        subprocess.run(
-            ["cmake", "--install", str(build_dir), "--component", "python", "--prefix",
-             str(target.parent)],
-            check=True,
-        )  # fmt: skip
+        build = ["cmake", "--build", str(build_dir), "--target", "_C", "-j", jobs]
+        subprocess.run(build, check=True)
+        install = ["cmake", "--install", str(build_dir), "--component", "python"]
+        subprocess.run([*install, "--prefix", str(target.parent)], check=True)
 
 
 setup(

@@ -24,7 +24,9 @@ class FunctionRef<Result(Args...)> {
         }) {}
 
   // Always inline: kernels built for different instruction sets must not share one copy.
-  [[gnu::always_inline]] inline Result operator()(Args... args) const { return call_(object_, std::forward<Args>(args)...); }
+  [[gnu::always_inline]] inline Result operator()(Args... args) const {
+    return call_(object_, std::forward<Args>(args)...);
+  }
 
  private:
   void* object_;

@@ -22,8 +22,8 @@
 namespace skv::cpu::SKV_ISA_NS {
 namespace {
 
-constexpr int64_t kChunk = 256;       // positions; fixed, part of the numerics
-constexpr int64_t kMaxQueries = 48;   // query vectors of a tile: scores stay in the L2 cache
+constexpr int64_t kChunk = 256;      // positions; fixed, part of the numerics
+constexpr int64_t kMaxQueries = 48;  // query vectors of a tile: scores stay in the L2 cache
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxSplitItems = 16;  // with fewer tiles than this, threads share the chunks
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
@@ -86,9 +86,12 @@ class TileWork {
   // Chunk result of every query vector; max is -infinity where no key of the chunk is visible.
   void run_chunk(int64_t chunk, const State& state) const {
     switch (p_.kv_dtype) {
-      case DType::kFloat32: return run_chunk_as<LoadFloat32>(chunk, state);
-      case DType::kFloat16: return run_chunk_as<LoadFloat16>(chunk, state);
-      case DType::kBFloat16: return run_chunk_as<LoadBFloat16>(chunk, state);
+      case DType::kFloat32:
+        return run_chunk_as<LoadFloat32>(chunk, state);
+      case DType::kFloat16:
+        return run_chunk_as<LoadFloat16>(chunk, state);
+      case DType::kBFloat16:
+        return run_chunk_as<LoadBFloat16>(chunk, state);
     }
   }
 
@@ -119,9 +122,7 @@ class TileWork {
 
  private:
   int64_t row_of(int64_t i) const { return (tile_.first + i) / group_; }
-  int64_t head_of(int64_t i) const {
-    return tile_.kv_head * group_ + (tile_.first + i) % group_;
-  }
+  int64_t head_of(int64_t i) const { return tile_.kv_head * group_ + (tile_.first + i) % group_; }
   const float* query_vector(int64_t i) const {
     return static_cast<const float*>(p_.query) + (first_row_ + row_of(i)) * p_.query_row_stride +
            head_of(i) * p_.query_head_stride;
@@ -201,8 +202,8 @@ class TileWork {
       const typename Load::Element* key[Vec::kWidth];
       for (int64_t lane = 0; lane < Vec::kWidth; ++lane) {
         const int64_t position = first + part + lane;
-        key[lane] = position >= begin && position < end ? vector_at<Load>(p_.k_pool, position)
-                                                        : nullptr;
+        key[lane] =
+            position >= begin && position < end ? vector_at<Load>(p_.k_pool, position) : nullptr;
       }
       for (int64_t d = 0; d < head_dim_; d += Vec::kWidth) {
         Vec block[Vec::kWidth];
@@ -417,8 +418,7 @@ void paged_attention(const PagedAttentionParams& p, ParallelFor parallel_for) {
   if (tiles.size() == 0) return;
   int64_t longest = 0;
   for (int64_t s = 0; s < p.num_sequences; ++s) longest = std::max<int64_t>(longest, p.seq_lens[s]);
-  if (tiles.size() <= kMaxSplitItems && longest > 2 * kChunk &&
-      run_split(p, tiles, parallel_for)) {
+  if (tiles.size() <= kMaxSplitItems && longest > 2 * kChunk && run_split(p, tiles, parallel_for)) {
     return;
   }
   parallel_for(tiles.size(), 1, [&](int64_t begin, int64_t end) {

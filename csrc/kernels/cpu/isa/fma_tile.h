@@ -49,9 +49,8 @@ static void run_fma_tile(const FmaTile& tile, const typename Load::Element* pane
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 16
     for (int v = 0; v < Vecs; ++v) {
-      sum[row][v] = tile.resume
-                        ? Vec::load(tile.out + row * tile.out_row_stride + v * Vec::kWidth)
-                        : Vec::zero();
+      sum[row][v] = tile.resume ? Vec::load(tile.out + row * tile.out_row_stride + v * Vec::kWidth)
+                                : Vec::zero();
     }
   }
   const float* x = tile.x;

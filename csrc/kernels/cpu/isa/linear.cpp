@@ -32,8 +32,8 @@ constexpr int kMaxTileRows = 2;  // 2 x 4 accumulators of 16 registers
 constexpr int kBlockPanels = 1;
 constexpr int thin_panels(int rows) { return rows <= 1 ? 2 : 1; }
 #endif
-constexpr int64_t kStripLength = 256;   // k values of one converted strip
-constexpr int64_t kBlockRows = 120;     // rows whose activations stay in the L2 cache
+constexpr int64_t kStripLength = 256;           // k values of one converted strip
+constexpr int64_t kBlockRows = 120;             // rows whose activations stay in the L2 cache
 constexpr int64_t kMinFmasPerThread = 1 << 15;  // less work than this is not worth waking a thread
 
 struct Formats {
@@ -65,7 +65,8 @@ PanelView panel_view(const QuantizedLinearParams& p, int64_t panel, int64_t k) {
   const int64_t groups = p.in_features / kGroupSize;
   const int64_t weight_stride = Format::bytes_for(p.in_features);
   PanelView view{};
-  view.weight = static_cast<const uint8_t*>(p.weight) + panel * weight_stride + Format::bytes_for(k);
+  view.weight =
+      static_cast<const uint8_t*>(p.weight) + panel * weight_stride + Format::bytes_for(k);
   view.weight_stride = weight_stride;
   view.group_stride = groups * kPanelColumns;
   const int64_t group_offset = panel * view.group_stride + k / kGroupSize * kPanelColumns;
@@ -110,8 +111,8 @@ struct Decoder<Formats::Int4> {
 };
 
 // One tile: Rows x (Panels * 16) chains over `length` values of k. x(row, k) is at
-// input.data[row * row_stride + k * k_stride]; accumulators start from the output where Resume, else
-// from 0, and end in the output.
+// input.data[row * row_stride + k * k_stride]; accumulators start from the output where Resume,
+// else from 0, and end in the output.
 struct TileInput {
   const float* data;
   int64_t row_stride;
@@ -119,7 +120,7 @@ struct TileInput {
 };
 
 struct TileOutput {
-  float* data;          // first row, first column of the tile
+  float* data;  // first row, first column of the tile
   int64_t row_stride;
   int64_t num_columns;  // valid columns from `data` on; the last panel may be cut
 };
@@ -151,8 +152,8 @@ void run_full_tile(const PanelView& view, const TileInput& input, float* output,
     const int64_t group_offset = group / kGroupSize * kPanelColumns;
 #pragma GCC unroll 16
     for (int v = 0; v < kVecs; ++v) {
-      const int64_t at = v / kVecsPerPanel * view.group_stride + group_offset +
-                         v % kVecsPerPanel * Vec::kWidth;
+      const int64_t at =
+          v / kVecsPerPanel * view.group_stride + group_offset + v % kVecsPerPanel * Vec::kWidth;
       scale[v] = kGrouped ? Vec::load(view.scales + at) : Vec::zero();
       minimum[v] = kHasMinimum ? Vec::load(view.minimums + at) : Vec::zero();
     }
@@ -361,15 +362,19 @@ void quantized_linear(const QuantizedLinearParams& p, ParallelFor parallel_for) 
   // Threads take pairs of panels: a pair is what the wide tiles work on.
   const int64_t num_panels = (p.out_features + kPanelColumns - 1) / kPanelColumns;
   const int64_t num_pairs = (num_panels + 1) / 2;
-  const int64_t fmas_per_pair = std::max<int64_t>(1, p.num_rows * p.in_features * 2 * kPanelColumns);
+  const int64_t fmas_per_pair =
+      std::max<int64_t>(1, p.num_rows * p.in_features * 2 * kPanelColumns);
   const int64_t grain = std::max<int64_t>(1, kMinFmasPerThread / fmas_per_pair);
   parallel_for(num_pairs, grain, [&](int64_t pair_begin, int64_t pair_end) {
     const int64_t begin = pair_begin * 2;
     const int64_t end = std::min(pair_end * 2, num_panels);
     switch (p.format) {
-      case WeightFormat::kFloat32: return run_panels<Formats::Float32>(p, begin, end);
-      case WeightFormat::kInt8: return run_panels<Formats::Int8>(p, begin, end);
-      case WeightFormat::kInt4: return run_panels<Formats::Int4>(p, begin, end);
+      case WeightFormat::kFloat32:
+        return run_panels<Formats::Float32>(p, begin, end);
+      case WeightFormat::kInt8:
+        return run_panels<Formats::Int8>(p, begin, end);
+      case WeightFormat::kInt4:
+        return run_panels<Formats::Int4>(p, begin, end);
     }
   });
 }

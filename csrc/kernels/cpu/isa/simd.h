@@ -42,8 +42,7 @@ struct Vec {
   }
   // kWidth bytes of two 4-bit values each: low nibbles and high nibbles.
   static SKV_INLINE void load_nibbles(const uint8_t* p, Vec& low, Vec& high) {
-    const __m512i wide =
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     low = {_mm512_cvtepi32_ps(_mm512_and_si512(wide, _mm512_set1_epi32(15)))};
     high = {_mm512_cvtepi32_ps(_mm512_srli_epi32(wide, 4))};
   }
@@ -66,8 +65,8 @@ SKV_INLINE Vec round_to_int(Vec a) {
 }
 // x * 2^n for integral n in [-126, 127]; n = 128 gives infinity.
 SKV_INLINE Vec scale_by_power_of_two(Vec x, Vec n) {
-  const __m512i bits = _mm512_slli_epi32(
-      _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
+  const __m512i bits =
+      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
   return {_mm512_mul_ps(x.v, _mm512_castsi512_ps(bits))};
 }
 // a where x < bound, else b (also for NaN x).
@@ -97,8 +96,7 @@ struct Vec {
         _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
   }
   static SKV_INLINE void load_nibbles(const uint8_t* p, Vec& low, Vec& high) {
-    const __m256i wide =
-        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     low = {_mm256_cvtepi32_ps(_mm256_and_si256(wide, _mm256_set1_epi32(15)))};
     high = {_mm256_cvtepi32_ps(_mm256_srli_epi32(wide, 4))};
   }
@@ -120,8 +118,8 @@ SKV_INLINE Vec round_to_int(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 SKV_INLINE Vec scale_by_power_of_two(Vec x, Vec n) {
-  const __m256i bits = _mm256_slli_epi32(
-      _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  const __m256i bits =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(x.v, _mm256_castsi256_ps(bits))};
 }
 SKV_INLINE Vec select_less(Vec x, Vec bound, Vec a, Vec b) {
@@ -183,9 +181,7 @@ SKV_INLINE Vec scale_by_power_of_two(Vec x, Vec n) {
     return x.v[i] * std::bit_cast<float>(bits);
   });
 }
-SKV_INLINE Vec select_less(Vec x, Vec bound, Vec a, Vec b) {
-  return {x.v < bound.v ? a.v : b.v};
-}
+SKV_INLINE Vec select_less(Vec x, Vec bound, Vec a, Vec b) { return {x.v < bound.v ? a.v : b.v}; }
 
 #endif
 
