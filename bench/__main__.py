@@ -1,0 +1,82 @@
+"""`python -m bench run SUITE...` measures, `python -m bench report FILE.json...` shows."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench import harness, report
+
+SUITES = ("ops", "state", "workflow")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run suites and write one JSON file")
+    run.add_argument("suites", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES))
+    run.add_argument("--smoke", action="store_true", help="tiny and quick: shows that it runs")
+    run.add_argument("--device", default="cpu", choices=("cpu",))
+    run.add_argument("--peer", help="compare with this peer only; all: with every peer")
+    run.add_argument("--only", help="only the cases whose name contains this")
+    run.add_argument("--pairs", type=int, default=harness.MIN_PAIRS, help="pairs a case")
+    run.add_argument("--threads", type=int, help="CPU threads")
+    run.add_argument("--quiet-machine", action="store_true", help="refuse to run on a busy machine")
+    run.add_argument("--out", type=Path, metavar="FILE.json")
+    show = commands.add_parser("report", help="write a Markdown table and an SVG plot")
+    show.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    show.add_argument("--out", type=Path, help="path of the outputs without suffix")
+    return parser
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
+    import torch
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    settings = harness.Settings(args.smoke, args.device, args.peer, args.pairs, only=args.only)
+    document = harness.document(args.suites, settings, argv)
+    if document["busy_at_start"]:
+        load = document["machine"]["load_average"][0]
+        print(f"bench: load average {load}: timings are doubtful", file=sys.stderr)
+        if args.quiet_machine:
+            return 3
+
+    def emit(result: dict[str, Any]) -> None:
+        document["results"].append(result)
+        print(report.line(result), flush=True)
+
+    for suite in args.suites:
+        module = importlib.import_module(f"bench.suites.{suite}")
+        module.run(settings, document["roofs"], emit)
+    document["load_average_at_end"] = [round(value, 2) for value in os.getloadavg()]
+    if not document["results"]:
+        print("bench: no case matches --only and --peer", file=sys.stderr)
+        return 2
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args, argv) if args.command == "run" else report.main(args.files, args.out)
+    except harness.CheckFailedError as error:
+        print(f"bench: check failed: {error}", file=sys.stderr)
+        return 1
+    except report.ReportError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

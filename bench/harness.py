@@ -1,0 +1,318 @@
+"""One harness for all benches: check first, then time ours and the peer in turns.
+
+A suite yields cases. A case is set up into a trial: the call of ours, calls of the peers, a check
+that they agree, and the bytes and flops counted from the shapes. The harness runs the check, warms
+up, and takes samples A B A B in one process; the verdict comes from the paired ratios (peer / ours,
+so above 1 ours is faster), whose median has a bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import roofs
+from stateful_kv import build_info
+from stateful_kv import report as package_report
+
+SCHEMA = "stateful-kv-bench/1"
+CLEAR = 0.02  # An interval this far from 1 is FASTER or SLOWER.
+EQUAL = 0.05  # An interval within this of 1 is SAME.
+MIN_PAIRS = 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line chose."""
+
+    smoke: bool = False
+    device: str = "cpu"
+    peer: str | None = None  # None: the first peer of each case; "all": every peer.
+    pairs: int = MIN_PAIRS
+    sample_s: float = 0.01
+    only: str | None = None  # Run only cases whose name contains this.
+
+    @property
+    def num_pairs(self) -> int:
+        return 3 if self.smoke else self.pairs
+
+    @property
+    def min_sample_s(self) -> float:
+        return 0.0005 if self.smoke else self.sample_s
+
+    @property
+    def cold_bytes(self) -> int:
+        return 1 << 20 if self.smoke else roofs.cold_bytes()
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes that must move and flops that must be done for one call, from the shapes alone."""
+
+    bytes: int
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """Outcome of comparing ours with a peer before timing."""
+
+    ok: bool
+    max_error: float = 0.0
+    tolerance: float = 0.0
+    # Whether results are equal bit for bit to ours computed alone; None where that says nothing.
+    bits_equal: bool | None = None
+
+
+Call = Callable[[int], object]
+
+
+@dataclass
+class Trial:
+    """A case that is set up. Calls take a rotation index in [0, rotations)."""
+
+    ours: Call
+    work: Work
+    check: Callable[[str], Check]
+    peers: dict[str, Call] = field(default_factory=dict)
+    rotations: int = 1
+    rotation_bytes: int = 0
+    calls_per_sample: int | None = None
+    # Runs untimed after each sample: undoes what the calls changed.
+    reset: Callable[[], None] | None = None
+    units: int = 1
+    unit: str = "call"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named point of a suite; `setup` allocates, so cases are set up one at a time."""
+
+    name: str
+    axes: dict[str, int | float | str]
+    setup: Callable[[Settings], Trial]
+
+
+def compare(ours: Any, peer: Any, tolerance: float, bits_equal: bool | None = None) -> Check:
+    """Largest absolute difference over the peer's largest value (at least 1), against `tolerance`.
+
+    Takes tensors or tuples of them; integers must be equal.
+    """
+    if isinstance(ours, tuple):
+        parts = [compare(a, b, tolerance) for a, b in zip(ours, peer, strict=True)]
+        worst = max(part.max_error for part in parts)
+        return Check(all(part.ok for part in parts), worst, tolerance, bits_equal)
+    if ours.shape != peer.shape:
+        return Check(False, float("inf"), tolerance, bits_equal)
+    if not ours.is_floating_point():
+        same = bool(torch.equal(ours.long(), peer.long()))
+        return Check(same, 0.0 if same else float("inf"), 0.0, bits_equal)
+    reference = peer.double()
+    scale = max(1.0, float(reference.abs().max()))
+    error = float((ours.double() - reference).abs().max()) / scale
+    ok = error <= tolerance and bits_equal is not False
+    return Check(ok, error, tolerance, bits_equal)
+
+
+def statistics_of(samples: Iterable[float]) -> dict[str, Any]:
+    """Median, p10 and p90 beside the raw samples."""
+    values = np.asarray(list(samples), dtype=np.float64)
+    p10, median, p90 = np.percentile(values, [10, 50, 90])
+    return {
+        "n": len(values),
+        "median": float(median),
+        "p10": float(p10),
+        "p90": float(p90),
+        "samples": [float(value) for value in values],
+    }
+
+
+def bootstrap_interval(ratios: Iterable[float], resamples: int = 2000) -> tuple[float, float]:
+    """95 % interval of the median; the seed is fixed, so a report can be recomputed."""
+    values = np.asarray(list(ratios), dtype=np.float64)
+    generator = np.random.default_rng(0)
+    picks = generator.integers(0, len(values), size=(resamples, len(values)))
+    low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def verdict(low: float, high: float) -> str:
+    """What the interval of the ratio (peer time / our time) allows to say."""
+    if low > 1 + CLEAR:
+        return "FASTER"
+    if high < 1 - CLEAR:
+        return "SLOWER"
+    if low > 1 - EQUAL and high < 1 + EQUAL:
+        return "SAME"
+    return "UNCLEAR"
+
+
+def ratio_of(ours: list[float], peer: list[float]) -> dict[str, Any]:
+    """Statistics of the paired ratios, with interval and verdict."""
+    ratios = [b / a for a, b in zip(ours, peer, strict=True)]
+    low, high = bootstrap_interval(ratios)
+    return {**statistics_of(ratios), "low": low, "high": high, "verdict": verdict(low, high)}
+
+
+class _Side:
+    """One of the two sides of a pair: calls that go round the rotating inputs."""
+
+    def __init__(self, call: Call, trial: Trial) -> None:
+        self._call = call
+        self._trial = trial
+        self._next = 0
+
+    def sample(self, calls: int) -> float:
+        """Seconds a call, over `calls` calls."""
+        call, rotations = self._call, self._trial.rotations
+        indices = [(self._next + i) % rotations for i in range(calls)]
+        self._next += calls
+        start = time.perf_counter()
+        for index in indices:
+            call(index)
+        elapsed = time.perf_counter() - start
+        if self._trial.reset is not None:
+            self._trial.reset()
+        return elapsed / calls
+
+    def calibrate(self, min_s: float) -> int:
+        """Calls that together take at least `min_s`; also the warm-up."""
+        if self._trial.calls_per_sample is not None:
+            self.sample(self._trial.calls_per_sample)
+            return self._trial.calls_per_sample
+        calls = 1
+        while (seconds := self.sample(calls) * calls) < min_s and calls < 1 << 16:
+            calls = max(calls * 2, int(calls * min_s / max(seconds, 1e-9)) + 1)
+        return min(calls, 1 << 16)
+
+
+def measure(trial: Trial, peer: str | None, settings: Settings) -> dict[str, Any]:
+    """Time ours, in turns with `peer` unless that is None."""
+    ours = _Side(trial.ours, trial)
+    calls = ours.calibrate(settings.min_sample_s)
+    ours.sample(calls)
+    if peer is None:
+        samples = [ours.sample(calls) for _ in range(settings.num_pairs)]
+        return {"calls_per_sample": calls, "ours": statistics_of(samples)}
+    other = _Side(trial.peers[peer], trial)
+    peer_calls = other.calibrate(settings.min_sample_s)
+    other.sample(peer_calls)
+    pairs = [(ours.sample(calls), other.sample(peer_calls)) for _ in range(settings.num_pairs)]
+    our_samples, peer_samples = [a for a, _ in pairs], [b for _, b in pairs]
+    return {
+        "calls_per_sample": calls,
+        "peer_calls_per_sample": peer_calls,
+        "ours": statistics_of(our_samples),
+        "peer": statistics_of(peer_samples),
+        "ratio": ratio_of(our_samples, peer_samples),
+    }
+
+
+def floor_of(work: Work, roof: dict[str, Any]) -> dict[str, Any]:
+    """The least time the roofs allow for `work`, and which roof it is."""
+    by_bytes = work.bytes / roof["read_bytes_per_s"]
+    by_flops = work.flops / roof["fp32_flops_per_s"]
+    kind = "bandwidth" if by_bytes >= by_flops else "flops"
+    return {"seconds": max(by_bytes, by_flops), "kind": kind}
+
+
+class CheckFailedError(Exception):
+    """Ours and the peer disagree, so a timing would mean nothing."""
+
+
+def run_cases(
+    suite: str,
+    cases: Iterable[Case],
+    settings: Settings,
+    roof: dict[str, Any],
+    emit: Callable[[dict[str, Any]], None],
+) -> None:
+    """Set up, check and time each case; `emit` gets one result for each case and peer."""
+    for case in cases:
+        if settings.only is not None and settings.only not in case.name:
+            continue
+        trial = case.setup(settings)
+        for peer in _chosen_peers(trial, settings):
+            check = trial.check(peer) if peer is not None else Check(True)
+            if not check.ok:
+                raise CheckFailedError(
+                    f"{suite}: {case.name} {case.axes}: ours differs from {peer}: error "
+                    f"{check.max_error:.3g} against {check.tolerance:.3g}, "
+                    f"bits equal: {check.bits_equal}"
+                )
+            timing = measure(trial, peer, settings)
+            floor = floor_of(trial.work, roof)
+            seconds = timing["ours"]["median"]
+            emit(
+                {
+                    "suite": suite,
+                    "name": case.name,
+                    "axes": case.axes,
+                    "peer_name": peer,
+                    "check": vars(check),
+                    "work": vars(trial.work),
+                    "rotations": trial.rotations,
+                    "rotation_bytes": trial.rotation_bytes,
+                    "unit": trial.unit,
+                    "units_per_call": trial.units,
+                    "ns_per_unit": seconds * 1e9 / trial.units,
+                    "floor": {**floor, "fraction": floor["seconds"] / seconds},
+                    **timing,
+                }
+            )
+
+
+def _chosen_peers(trial: Trial, settings: Settings) -> list[str | None]:
+    names = list(trial.peers)
+    if settings.peer == "all":
+        return list(names) or [None]
+    if settings.peer is not None:
+        return [name for name in names if name == settings.peer]
+    return [names[0]] if names else [None]
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout the benches lie in; nulls outside of one."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str | None:
+        command = ["git", "-C", str(folder), *args]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    status = git("status", "--porcelain")
+    return {"sha": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def document(suites: list[str], settings: Settings, argv: list[str]) -> dict[str, Any]:
+    """The JSON document of a run without its results: who measured what, where and how."""
+    args = package_report.relative_argv(["bench", *argv])[1:]
+    machine = package_report.machine_info()
+    busy = os.getloadavg()[0] > 0.5 * machine["cores"]
+    return {
+        "schema": SCHEMA,
+        "suites": suites,
+        "smoke": settings.smoke,
+        "device": settings.device,
+        "argv": args,
+        "command": " ".join(["python -m bench", *args]),
+        "git": git_state(),
+        "build": build_info(),
+        "machine": {**machine, **roofs.cache_sizes()},
+        "busy_at_start": busy,
+        "cold_bytes": settings.cold_bytes,
+        "clock": "time.perf_counter (monotonic)",
+        "roofs": roofs.measure(settings.smoke),
+        "results": [],
+    }

@@ -1,0 +1,146 @@
+"""Shows results: lines while a run goes on, a Markdown table and an SVG plot afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+COLORS = {"FASTER": "#0b6e99", "SLOWER": "#b3402e", "SAME": "#6b7780", "UNCLEAR": "#c9a227"}
+
+
+class ReportError(Exception):
+    """A result file that cannot be read."""
+
+
+def seconds(value: float) -> str:
+    """A time with a unit that keeps three digits readable."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def title(result: dict[str, Any]) -> str:
+    """Name and axes of a case."""
+    return " ".join([result["name"], *(f"{k}={v}" for k, v in result["axes"].items())])
+
+
+def _comparison(result: dict[str, Any]) -> str:
+    ratio = result.get("ratio")
+    if ratio is None:
+        return "-"
+    return f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def _fraction(result: dict[str, Any]) -> str:
+    floor = result.get("floor")
+    if floor is None or floor["seconds"] == 0:
+        return "-"
+    return f"{floor['fraction']:.0%} of {floor['kind']}"
+
+
+def line(result: dict[str, Any]) -> str:
+    """One result on one line, for the terminal."""
+    parts = [f"{title(result)}: {seconds(result['ours']['median'])}"]
+    if result.get("unit", "call") != "call":
+        parts.append(f"{result['ns_per_unit']:.3g} ns per {result['unit']}")
+    if "ratio" in result:
+        verdict = result["ratio"]["verdict"]
+        parts.append(f"{_comparison(result)} vs {result['peer_name']} {verdict}")
+    if _fraction(result) != "-":
+        parts.append(_fraction(result))
+    if "checks" in result:
+        failed = [name for name, ok in result["checks"].items() if ok is False]
+        parts.append("checks failed: " + ", ".join(failed) if failed else "all checks hold")
+    return ", ".join(parts)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a result file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(data, dict) or not str(data.get("schema")).startswith("stateful-kv-bench/1"):
+        raise ReportError(f"{path}: not a stateful-kv-bench/1 file")
+    return data
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """Heading with machine, build and roofs, then one table row a result."""
+    machine, roofs, git = document["machine"], document["roofs"], document["git"]
+    sha = (git["sha"] or "unknown")[:10] + (" (dirty)" if git["dirty"] else "")
+    rows = [
+        f"## {', '.join(document['suites'])}"
+        + (" (smoke: shows that it runs, times mean nothing)" if document["smoke"] else ""),
+        "",
+        f"{machine['cpu']}, {machine['threads']} threads, {document['build']['cpu_isa']}; torch "
+        f"{machine['torch']}; {machine['date']}; commit {sha}; load at start "
+        f"{machine['load_average'][0]}.",
+        f"Roofs measured in this run: read {roofs['read_bytes_per_s'] / 1e9:.1f} GB/s"
+        f"{'' if roofs['buffer_exceeds_l3'] else ' (buffer fits L3)'}, fp32 "
+        f"{roofs['fp32_flops_per_s'] / 1e9:.0f} GFLOP/s (BLAS). "
+        f"Rotating inputs are cold beyond {document['cold_bytes'] / 1e6:.0f} MB.",
+        "",
+        f"    {document['command']}",
+        "",
+        "| case | ours (median) | p10 - p90 | per unit | peer | speed-up [95 %] | verdict | roof |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in document["results"]:
+        ours = result["ours"]
+        unit = result.get("unit", "call")
+        cells = (
+            title(result),
+            seconds(ours["median"]),
+            f"{seconds(ours['p10'])} - {seconds(ours['p90'])}",
+            "" if unit == "call" else f"{result['ns_per_unit']:.3g} ns/{unit}",
+            result["peer_name"] or "",
+            _comparison(result),
+            result["ratio"]["verdict"] if "ratio" in result else "",
+            _fraction(result),
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def write_svg(path: Path, documents: list[dict[str, Any]]) -> None:
+    """Speed-up of each case over its peer with its interval, on a log axis."""
+    from matplotlib.figure import Figure
+
+    results = [r for document in documents for r in document["results"] if "ratio" in r]
+    figure = Figure(figsize=(9, 1.2 + 0.26 * max(1, len(results))), layout="constrained")
+    axes = figure.subplots()
+    for y, result in enumerate(results):
+        ratio = result["ratio"]
+        color = COLORS[ratio["verdict"]]
+        axes.plot([ratio["low"], ratio["high"]], [y, y], color=color, linewidth=3, alpha=0.5)
+        axes.plot(ratio["median"], y, marker="o", color=color, markersize=5)
+    labels = [f"{title(r)} vs {r['peer_name']}" for r in results]
+    axes.set_yticks(range(len(results)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1, color="#1d2429", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.tick_params(axis="x", which="both", labelsize=8)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("peer time / our time (right of 1: ours is faster), 95 % interval")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def main(files: list[Path], out: Path | None) -> int:
+    """Write OUT.md and OUT.svg (default: beside the first file) and print the tables."""
+    documents = [load(path) for path in files]
+    base = out if out is not None else files[0].with_suffix("")
+    base.parent.mkdir(parents=True, exist_ok=True)
+    plot = base.with_name(base.name + ".svg")
+    write_svg(plot, documents)
+    text = "\n".join(markdown(document) for document in documents)
+    text += f"\n![Speed-up of each case over its peer]({plot.name})\n"
+    base.with_name(base.name + ".md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0

@@ -1,0 +1,26 @@
+"""Suite `ops`: each op against plain torch and against the floor counted from its shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from bench import harness
+from bench.harness import Case, Settings
+from bench.suites import ops_attention, ops_linear, ops_small
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """All cases, the large ones first."""
+    yield from ops_linear.cases(settings)
+    yield from ops_attention.cases(settings)
+    yield from ops_small.cases(settings)
+
+
+def run(settings: Settings, roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
+    """Run the suite."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        harness.run_cases("ops", cases(settings), settings, roofs, emit)

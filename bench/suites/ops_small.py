@@ -1,0 +1,233 @@
+"""The small ops against torch composites: norms, activation, rotary, pages, drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench import harness
+from bench.harness import Case, Settings, Trial, Work
+from bench.peers import text_scan, torch_composites
+from bench.suites import shapes, texts
+from stateful_kv import ops
+
+EPS = 1e-5
+TOLERANCE = 1e-4
+
+
+def _rows(num_rows: int, width: int, settings: Settings) -> tuple[list[Tensor], int]:
+    """Rotating inputs float32[num_rows, width] and their bytes."""
+    each = 4 * num_rows * width
+    copies = shapes.rotations(each, settings.cold_bytes)
+    return list(torch.randn(copies, num_rows, width).unbind(0)), each * copies
+
+
+def _rms_norm(num_rows: int, settings: Settings) -> Trial:
+    inputs, rotation_bytes = _rows(num_rows, shapes.HIDDEN, settings)
+    weight = torch.rand(shapes.HIDDEN)
+
+    def check(_peer: str) -> harness.Check:
+        together = ops.rms_norm(inputs[0], weight, EPS)
+        bits = torch.equal(ops.rms_norm(inputs[0][-1:], weight, EPS), together[-1:])
+        expected = torch_composites.rms_norm(inputs[0], weight, EPS)
+        return harness.compare(together, expected, TOLERANCE, bits)
+
+    return Trial(
+        ours=lambda i: ops.rms_norm(inputs[i], weight, EPS),
+        peers={"torch": lambda i: torch_composites.rms_norm(inputs[i], weight, EPS)},
+        check=check,
+        work=Work(2 * 4 * num_rows * shapes.HIDDEN, 4 * num_rows * shapes.HIDDEN),
+        rotations=len(inputs),
+        rotation_bytes=rotation_bytes,
+    )
+
+
+def _silu_mul(num_rows: int, settings: Settings) -> Trial:
+    inputs, rotation_bytes = _rows(num_rows, 2 * shapes.INTERMEDIATE, settings)
+
+    def check(_peer: str) -> harness.Check:
+        together = ops.silu_mul(inputs[0])
+        bits = torch.equal(ops.silu_mul(inputs[0][-1:]), together[-1:])
+        return harness.compare(together, torch_composites.silu_mul(inputs[0]), TOLERANCE, bits)
+
+    return Trial(
+        ours=lambda i: ops.silu_mul(inputs[i]),
+        peers={"torch": lambda i: torch_composites.silu_mul(inputs[i])},
+        check=check,
+        work=Work(3 * 4 * num_rows * shapes.INTERMEDIATE, 4 * num_rows * shapes.INTERMEDIATE),
+        rotations=len(inputs),
+        rotation_bytes=rotation_bytes,
+    )
+
+
+def _qkv(num_rows: int, settings: Settings) -> tuple[list[tuple[Tensor, Tensor, Tensor]], int]:
+    """Views q, k, v of rotating fused rows, as the model hands them over."""
+    heads = shapes.NUM_HEADS, shapes.NUM_KV_HEADS, shapes.NUM_KV_HEADS
+    rows, num_bytes = _rows(num_rows, sum(heads) * shapes.HEAD_DIM, settings)
+    views = []
+    for row in rows:
+        q, k, v = row.view(num_rows, sum(heads), shapes.HEAD_DIM).split(heads, dim=1)
+        views.append((q, k, v))
+    return views, num_bytes
+
+
+def _pools(settings: Settings) -> tuple[Tensor, Tensor]:
+    num_pages = 16 if settings.smoke else 1024
+    pool = shapes.kv_pool(1, num_pages, torch.float16)[0]
+    return pool, pool.clone()
+
+
+def _slots(num_rows: int, k_pool: Tensor) -> Tensor:
+    return torch.randperm(k_pool.shape[0] * shapes.PAGE_SIZE)[:num_rows].contiguous()
+
+
+def _append_kv(num_rows: int, settings: Settings) -> Trial:
+    inputs, rotation_bytes = _qkv(num_rows, settings)
+    k_pool, v_pool = _pools(settings)
+    slots = _slots(num_rows, k_pool)
+
+    def check(_peer: str) -> harness.Check:
+        (_, k, v), expected = inputs[0], (k_pool.clone(), v_pool.clone())
+        ops.append_kv(k, v, slots, k_pool, v_pool)
+        torch_composites.append_kv(k, v, slots, *expected)
+        return harness.compare((k_pool, v_pool), expected, 0.0)
+
+    row_bytes = 2 * shapes.NUM_KV_HEADS * shapes.HEAD_DIM
+
+    def call(append, index: int) -> None:
+        append(*inputs[index][1:], slots, k_pool, v_pool)
+
+    return Trial(
+        ours=partial(call, ops.append_kv),
+        peers={"torch": partial(call, torch_composites.append_kv)},
+        check=check,
+        work=Work(num_rows * row_bytes * (4 + 2)),
+        rotations=len(inputs),
+        rotation_bytes=rotation_bytes,
+    )
+
+
+def _rope_append_kv(num_rows: int, settings: Settings) -> Trial:
+    inputs, rotation_bytes = _qkv(num_rows, settings)
+    k_pool, v_pool = _pools(settings)
+    slots = _slots(num_rows, k_pool)
+    positions = torch.arange(100, 100 + num_rows, dtype=torch.int32)
+    table = shapes.rope_table(2048)
+
+    def call(rope, index: int) -> None:
+        q, k, v = inputs[index]
+        rope(q, k, v, positions, table, slots, k_pool, v_pool)
+
+    def check(_peer: str) -> harness.Check:
+        q, k, v = inputs[0]
+        ours = q.clone(), k_pool.clone(), v_pool.clone()
+        peer = q.clone(), k_pool.clone(), v_pool.clone()
+        ops.rope_append_kv(ours[0], k, v, positions, table, slots, *ours[1:])
+        torch_composites.rope_append_kv(peer[0], k, v, positions, table, slots, *peer[1:])
+        # Half-precision pools: one unit in the last place where the float32 values round apart.
+        return harness.compare(ours, peer, 1e-3)
+
+    heads = 2 * shapes.NUM_HEADS + 2 * shapes.NUM_KV_HEADS
+    stored = 2 * shapes.NUM_KV_HEADS * 2
+    rotated = shapes.NUM_HEADS + shapes.NUM_KV_HEADS
+    return Trial(
+        ours=partial(call, ops.rope_append_kv),
+        peers={"torch": partial(call, torch_composites.rope_append_kv)},
+        check=check,
+        work=Work(
+            num_rows * shapes.HEAD_DIM * (4 * heads + stored),
+            3 * num_rows * shapes.HEAD_DIM * rotated,
+        ),
+        rotations=len(inputs),
+        rotation_bytes=rotation_bytes,
+    )
+
+
+def _copy_pages(num_copies: int, settings: Settings) -> Trial:
+    layers = 2 if settings.smoke else shapes.NUM_LAYERS
+    groups = 4 if settings.smoke else 48
+    k_pool = shapes.kv_pool(layers, 2 * num_copies * groups, torch.float16)
+    v_pool = k_pool.clone()
+    copies = torch.randperm(2 * num_copies * groups).to(torch.int32).view(groups, num_copies, 2)
+    pairs = list(copies.unbind(0))
+
+    def check(_peer: str) -> harness.Check:
+        expected = k_pool.clone(), v_pool.clone()
+        ops.copy_pages(pairs[0], k_pool, v_pool)
+        torch_composites.copy_pages(pairs[0], *expected)
+        return harness.compare((k_pool, v_pool), expected, 0.0)
+
+    page_bytes = 2 * 2 * layers * shapes.NUM_KV_HEADS * shapes.PAGE_SIZE * shapes.HEAD_DIM
+    return Trial(
+        ours=lambda i: ops.copy_pages(pairs[i], k_pool, v_pool),
+        peers={"torch": lambda i: torch_composites.copy_pages(pairs[i], k_pool, v_pool)},
+        check=check,
+        work=Work(2 * num_copies * page_bytes),
+        rotations=groups,
+        rotation_bytes=2 * groups * num_copies * page_bytes,
+        units=num_copies,
+        unit="page",
+    )
+
+
+def _ngram_lookup(length: int, settings: Settings) -> Trial:
+    copies = shapes.rotations(4 * length, settings.cold_bytes, most=64)
+    inputs = [texts.repeating_text(length, seed) for seed in range(copies)]
+    arrays = [tokens.numpy() for tokens in inputs]
+    offsets = torch.tensor([0, length], dtype=torch.int32)
+    limits = texts.MIN_N, texts.MAX_N, texts.DRAFT
+
+    def check(_peer: str) -> harness.Check:
+        draft, count = ops.ngram_lookup(inputs[0], offsets, *limits)
+        expected = torch.from_numpy(text_scan.propose(arrays[0], *limits).copy())
+        return harness.compare(draft[0, : int(count[0])], expected, 0.0)
+
+    return Trial(
+        ours=lambda i: ops.ngram_lookup(inputs[i], offsets, *limits),
+        peers={"numpy_scan": lambda i: text_scan.propose(arrays[i], *limits)},
+        check=check,
+        work=Work(4 * length),
+        rotations=copies,
+        rotation_bytes=4 * length * copies,
+        units=length,
+        unit="token",
+    )
+
+
+def _verify_draft(num_sequences: int, _settings: Settings) -> Trial:
+    num_draft = texts.DRAFT
+    draft = torch.randint(0, 3, (num_sequences * num_draft,), dtype=torch.int32)
+    target = torch.randint(0, 3, (num_sequences * (num_draft + 1),), dtype=torch.int32)
+    offsets = torch.arange(num_sequences + 1, dtype=torch.int32) * num_draft
+
+    def peer(_index: int) -> tuple[Tensor, Tensor]:
+        return torch_composites.verify_draft(draft, target, num_sequences, num_draft)
+
+    return Trial(
+        ours=lambda _: ops.verify_draft(draft, target, offsets),
+        peers={"torch": peer},
+        check=lambda _: harness.compare(ops.verify_draft(draft, target, offsets), peer(0), 0.0),
+        work=Work(4 * (draft.numel() + target.numel())),
+    )
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Rows of a decode, a verify and a prefill chunk for each op."""
+    rows = (1, 8) if settings.smoke else (1, 8, 512)
+    for name, setup in (
+        ("rms_norm", _rms_norm),
+        ("silu_mul", _silu_mul),
+        ("rope_append_kv", _rope_append_kv),
+        ("append_kv", _append_kv),
+    ):
+        for num_rows in rows:
+            yield Case(name, {"N": num_rows}, partial(setup, num_rows))
+    for num_copies in (1, 8):
+        yield Case("copy_pages", {"pages": num_copies}, partial(_copy_pages, num_copies))
+    for length in (256,) if settings.smoke else (1024, 8192):
+        yield Case("ngram_lookup", {"T": length}, partial(_ngram_lookup, length))
+    for num_sequences in (1, 32):
+        yield Case("verify_draft", {"S": num_sequences}, partial(_verify_draft, num_sequences))

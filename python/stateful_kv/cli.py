@@ -1,0 +1,266 @@
+"""The command line: ``stateful-kv run``, ``stateful-kv demo`` and ``stateful-kv info``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stateful_kv import report
+from stateful_kv._native import build_info
+from stateful_kv.errors import StatefulKVError
+from stateful_kv.workflow import (
+    ReplayOptions,
+    TurnRow,
+    WorkflowFile,
+    load_workflow,
+    replay,
+    shorten,
+    summarize,
+)
+
+if TYPE_CHECKING:
+    from stateful_kv.engine import Engine
+
+app = typer.Typer(
+    help="Stateful LLM inference: turns that compute only their delta.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[
+    str, typer.Option(help="smollm2 (the default), a GGUF file, a model folder, or a Hub id.")
+]
+MaxTokensOption = Annotated[int, typer.Option(min=1, help="Longest reply of a turn, in tokens.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads (default: what torch chooses).")
+]
+KvTokensOption = Annotated[int, typer.Option(min=64, help="Capacity of the KV pool, in tokens.")]
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn what a user can cause into one line on stderr and exit code 2."""
+    try:
+        yield
+    except (StatefulKVError, OSError, ImportError) as error:
+        _fail(" ".join(str(error).split()) or type(error).__name__)
+    except KeyboardInterrupt:
+        typer.echo("stateful-kv: stopped", err=True)
+        raise typer.Exit(130) from None
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"stateful-kv: error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _load_engine(model: str, *, kv_tokens: int, threads: int | None) -> Engine:
+    import torch
+
+    from stateful_kv.engine import Engine
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Engine.load(model, kv_tokens=kv_tokens)
+
+
+def _meta(file: WorkflowFile, model: str, options: ReplayOptions) -> dict[str, Any]:
+    return {
+        "format": "stateful-kv-run/1",
+        "workflow": file.name,
+        "source": file.source,
+        "model": Path(model).name if Path(model).is_absolute() else model,
+        "max_tokens": options.max_tokens,
+        "ignore_eos": options.ignore_eos,
+        "stateless": options.stateless,
+        "draft": options.draft,
+        "argv": report.relative_argv(),
+        "build": build_info(),
+        "machine": report.machine_info(),
+    }
+
+
+@app.command()
+def run(
+    workflow: Annotated[
+        str, typer.Argument(metavar="WORKFLOW.json|NAME", help="A file, or a shipped workflow.")
+    ],
+    model: ModelOption = "smollm2",
+    max_tokens: MaxTokensOption = 48,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Always generate --max-tokens tokens.")
+    ] = False,
+    stateless: Annotated[
+        bool, typer.Option("--stateless", help="Forget everything between turns (the baseline).")
+    ] = False,
+    no_draft: Annotated[
+        bool, typer.Option("--no-draft", help="Generate without drafts (same tokens, other time).")
+    ] = False,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Write the rows as JSON; - prints.")
+    ] = None,
+    threads: ThreadsOption = None,
+    kv_tokens: KvTokensOption = 65536,
+) -> None:
+    """Replay a workflow file and show one row per turn."""
+    with _user_errors():
+        file = load_workflow(workflow)
+        to_stdout = json_out == Path("-")
+        if json_out is not None and not to_stdout:
+            json_out.parent.mkdir(parents=True, exist_ok=True)
+            # Opened before the run, so that a bad path is found before minutes are spent.
+            json_out.open("a", encoding="utf-8").close()
+        console = Console(stderr=to_stdout)
+        with console.status(f"loading {model}"):
+            engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads)
+        options = ReplayOptions(max_tokens, ignore_eos, stateless, not no_draft)
+        try:
+            rows = _replay_shown(engine, file, options, console)
+            meta = _meta(file, model, options)
+        finally:
+            engine.close()
+        result = {
+            "meta": meta,
+            "summary": summarize(rows),
+            "turns": [row.to_json() for row in rows],
+        }
+        if to_stdout:
+            json.dump(result, sys.stdout, indent=1)
+            sys.stdout.write("\n")
+        elif json_out is not None:
+            json_out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            console.print(f"[dim]wrote {json_out}")
+
+
+_COLUMNS = (
+    ("turn", 4),
+    ("agent", -10),
+    ("context", 7),
+    ("reused", 6),
+    ("computed", 8),
+    ("drafts", 7),
+    ("reply", 5),
+    ("first s", 7),
+    ("total s", 7),
+)
+
+
+def _replay_shown(
+    engine: Engine, file: WorkflowFile, options: ReplayOptions, console: Console
+) -> list[TurnRow]:
+    mode = "without state" if options.stateless else "with state"
+    console.print(f"[bold]{file.name}[/] {mode}, {file.num_turns} turns", highlight=False)
+    console.print(_line([name for name, _ in _COLUMNS]) + "  text", style="dim", highlight=False)
+
+    def show(row: TurnRow) -> None:
+        cells = [
+            f"{row.turn + 1}",
+            shorten(row.agent, 10),
+            f"{row.prompt_tokens}",
+            f"{row.reused_tokens}",
+            f"{row.computed_tokens}",
+            f"{row.accepted_tokens}/{row.drafted_tokens}",
+            f"{row.output_tokens}",
+            f"{row.ttft_s:.3f}",
+            f"{row.total_s:.3f}",
+        ]
+        line = _line(cells)
+        # A file or a pipe has no width of its own to keep to.
+        room = console.width - len(line) - 2 if console.is_terminal else 80
+        text = shorten(row.text, max(16, room))
+        console.print(f"{line}  {text}", markup=False, highlight=False, soft_wrap=True)
+
+    rows = replay(engine, file, options, show)
+    _print_summary(summarize(rows), console)
+    return rows
+
+
+def _line(cells: list[str]) -> str:
+    widths = [width for _, width in _COLUMNS]
+    return " ".join(
+        cell.rjust(width) if width > 0 else cell.ljust(-width)
+        for cell, width in zip(cells, widths, strict=True)
+    )
+
+
+def _print_summary(summary: dict[str, Any], console: Console) -> None:
+    parts = [f"{summary['total_s']:.2f} s in all"]
+    if summary["median_later_turn_s"] is not None:
+        parts.insert(0, f"median later turn {summary['median_later_turn_s']:.3f} s")
+    parts.append(
+        f"{summary['computed_tokens']:,} of {summary['prompt_tokens']:,} prompt tokens computed"
+    )
+    if summary["drafted_tokens"]:
+        parts.append(
+            f"{summary['accepted_tokens']:,} of {summary['drafted_tokens']:,} drafts accepted"
+        )
+    console.print("; ".join(parts), style="bold", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("demo-report"),
+    max_tokens: MaxTokensOption = 48,
+    model: ModelOption = "smollm2",
+    workflow: Annotated[
+        str, typer.Option(metavar="FILE|NAME", help="Another workflow to show.")
+    ] = "demo",
+    threads: ThreadsOption = None,
+    kv_tokens: KvTokensOption = 32768,
+) -> None:
+    """Three agents share one engine: the same workflow with state and without, side by side."""
+    from stateful_kv.demo import run_demo
+
+    with _user_errors():
+        file = load_workflow(workflow)
+        output.mkdir(parents=True, exist_ok=True)
+        console = Console()
+        with console.status(f"loading {model}"):
+            engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads)
+        options = ReplayOptions(max_tokens)
+        try:
+            result = run_demo(
+                engine,
+                file,
+                output,
+                console,
+                max_tokens=max_tokens,
+                meta=lambda: _meta(file, model, options),
+            )
+        finally:
+            engine.close()
+    if not result["summary"]["tokens_equal"]:
+        typer.echo("stateful-kv: error: the replies differ with and without state", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def info() -> None:
+    """Show the version, how the extension was built, and the machine it runs on."""
+    with _user_errors():
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        for section in (build_info(), report.machine_info()):
+            for key, value in section.items():
+                shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+                table.add_row(key.replace("_", " "), str(shown))
+        Console().print(table, highlight=False)
+
+
+def main() -> None:
+    """Entry point of the ``stateful-kv`` script."""
+    app(prog_name="stateful-kv")
+
+
+if __name__ == "__main__":
+    main()

