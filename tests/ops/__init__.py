@@ -1,0 +1,1 @@
+"""Tests of the torch custom ops against the float64 references."""

@@ -1,0 +1,134 @@
+"""One row per op: its schema and valid arguments, by name, in the order of the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.ops.paged import make_batch, make_pools, offsets
+from tests.reference import elementwise
+
+Arguments = dict[str, Any]
+
+
+def _append_kv() -> Arguments:
+    k_pool, v_pool = (pool.zero_() for pool in make_pools(5, 2, 16, 32))
+    k, v = torch.randn(2, 4, 2, 32)
+    slots = torch.tensor([17, 40, -1, 63])
+    return {"k": k, "v": v, "slots": slots, "k_pool": k_pool, "v_pool": v_pool}
+
+
+def _copy_pages() -> Arguments:
+    k_pool, v_pool = torch.randn(2, 5, 2, 16, 32)
+    copies = torch.tensor([[1, 2], [4, 0]], dtype=torch.int32)
+    return {"page_copies": copies, "k_pool": k_pool, "v_pool": v_pool}
+
+
+def _paged_attention() -> Arguments:
+    batch = make_batch([20, 0, 33], [3, 0, 1], head_dim=32, dtype=torch.float32)
+    names = ("q", "k_pool", "v_pool", "page_table", "seq_lens", "query_offsets")
+    tensors = dict(zip(names, batch.arguments, strict=True))
+    # opcheck compares pools before and after with torch.equal, for which NaN is a change.
+    tensors["k_pool"].nan_to_num_()
+    tensors["v_pool"].nan_to_num_()
+    return {**tensors, "scale": batch.scale, "sliding_window": 7, "soft_cap": 20.0}
+
+
+def _rms_norm() -> Arguments:
+    return {"x": torch.randn(3, 40), "weight": torch.randn(40), "eps": 1e-5}
+
+
+def _rope_append_kv() -> Arguments:
+    k_pool, v_pool = (pool.zero_() for pool in make_pools(5, 2, 16, 32))
+    k, v = torch.randn(2, 4, 2, 32)
+    return {
+        "q": torch.randn(4, 6, 32),
+        "k": k,
+        "v": v,
+        "positions": torch.tensor([0, 5, 63, 2], dtype=torch.int32),
+        "cos_sin": torch.from_numpy(elementwise.rope_table(64, 32)).float(),
+        "slots": torch.tensor([17, 40, -1, 63]),
+        "k_pool": k_pool,
+        "v_pool": v_pool,
+    }
+
+
+def _silu_mul() -> Arguments:
+    return {"gate_up": torch.randn(3, 80)}
+
+
+def _quantized_linear() -> Arguments:
+    return {
+        "x": torch.randn(3, 64),
+        "weight": torch.randint(0, 256, (2, 32, 16), dtype=torch.uint8),
+        "scales": torch.randn(2, 2, 16),
+        "minimums": torch.randn(2, 2, 16),
+        "bias": torch.randn(21),
+        "out_features": 21,
+    }
+
+
+def _ngram_lookup() -> Arguments:
+    tokens = torch.tensor([1, 2, 3, 1, 2, 9, 9, 9], dtype=torch.int32)
+    borders = offsets([5, 0, 3])
+    return {"tokens": tokens, "offsets": borders, "min_n": 1, "max_n": 4, "max_draft": 3}
+
+
+def _verify_draft() -> Arguments:
+    return {
+        "draft_ids": torch.tensor([1, 2, 3]),
+        "target_ids": torch.tensor([1, 5, 7, 8, 3]),
+        "draft_offsets": offsets([2, 1]),
+    }
+
+
+CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
+    "append_kv": (
+        "(Tensor k, Tensor v, Tensor slots, Tensor(a!) k_pool, Tensor(b!) v_pool) -> ()",
+        _append_kv,
+    ),
+    "copy_pages": (
+        "(Tensor page_copies, Tensor(a!) k_pool, Tensor(b!) v_pool) -> ()",
+        _copy_pages,
+    ),
+    "paged_attention": (
+        "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor page_table, Tensor seq_lens, "
+        "Tensor query_offsets, float scale, int sliding_window=0, float soft_cap=0.0) -> Tensor",
+        _paged_attention,
+    ),
+    "rms_norm": ("(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm),
+    "rope_append_kv": (
+        "(Tensor(a!) q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, Tensor slots, "
+        "Tensor(b!) k_pool, Tensor(c!) v_pool) -> ()",
+        _rope_append_kv,
+    ),
+    "silu_mul": ("(Tensor gate_up) -> Tensor", _silu_mul),
+    "quantized_linear": (
+        "(Tensor x, Tensor weight, Tensor? scales, Tensor? minimums, Tensor? bias, "
+        "int out_features) -> Tensor",
+        _quantized_linear,
+    ),
+    "ngram_lookup": (
+        "(Tensor tokens, Tensor offsets, int min_n, int max_n, int max_draft) -> "
+        "(Tensor draft_ids, Tensor num_draft)",
+        _ngram_lookup,
+    ),
+    "verify_draft": (
+        "(Tensor draft_ids, Tensor target_ids, Tensor draft_offsets) -> "
+        "(Tensor num_accepted, Tensor bonus_ids)",
+        _verify_draft,
+    ),
+}
+
+WRITTEN = {
+    "append_kv": ("k_pool", "v_pool"),
+    "copy_pages": ("k_pool", "v_pool"),
+    "rope_append_kv": ("q", "k_pool", "v_pool"),
+}
+
+
+def valid_arguments(op: str) -> Arguments:
+    """Fresh arguments that the op accepts."""
+    return CASES[op][1]()

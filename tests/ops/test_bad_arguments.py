@@ -1,0 +1,368 @@
+"""Wrong arguments: the message names op and argument, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stateful_kv import ops
+from tests.ops.cases import CASES, valid_arguments
+from tests.ops.comparing import assert_same_bits
+
+Change = Callable[[Any], Any]
+HUGE = 2**31 - 1
+
+
+def dtype(wanted: torch.dtype) -> Change:
+    return lambda value: value.to(wanted)
+
+
+def set_value(index: tuple[int, ...] | int, number: float) -> Change:
+    def change(value: Tensor) -> Tensor:
+        value[index] = number
+        return value
+
+    return change
+
+
+def to(number: Any) -> Change:
+    return lambda value: number
+
+
+def resize(axis: int, extra: int) -> Change:
+    """Zeros of a size that differs in one dimension."""
+
+    def change(value: Tensor) -> Tensor:
+        shape = list(value.shape)
+        shape[axis] += extra
+        return torch.zeros(shape, dtype=value.dtype)
+
+    return change
+
+
+def spread(value: Tensor) -> Tensor:
+    """Same content, no dimension contiguous."""
+    return value.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def deeper(value: Tensor) -> Tensor:
+    return value[None]
+
+
+def flatter(value: Tensor) -> Tensor:
+    return value[0]
+
+
+F16, F64, I32, I64 = torch.float16, torch.float64, torch.int32, torch.int64
+
+ROWS: dict[str, Change] = {
+    "dtype": dtype(F64),
+    "rank": flatter,
+    "stride": spread,
+    "heads": resize(1, 1),
+    "head_dim": resize(2, 16),
+}
+POOL: dict[str, Change] = {
+    "dtype": dtype(F64),
+    "int": dtype(I32),
+    "rank": flatter,
+    "stride": spread,
+}
+V_POOL = POOL | {"other dtype": dtype(F16), "pages": resize(0, 1), "page_size": resize(2, 1)}
+SLOTS: dict[str, Change] = {
+    "dtype": dtype(I32),
+    "rank": deeper,
+    "stride": spread,
+    "size": resize(0, 1),
+    "past the end": set_value(1, 80),
+    "huge": set_value(3, 2**62),
+    "below -1": set_value(0, -2),
+}
+OFFSETS: dict[str, Change] = {
+    "dtype": dtype(I64),
+    "rank": deeper,
+    "stride": spread,
+    "empty": lambda value: value[:0],
+    "start": set_value(0, 1),
+    "negative": set_value(0, -1),
+    "descending": set_value(1, HUGE),
+    "end": set_value(-1, 2),
+    "huge end": set_value(-1, HUGE),
+}
+
+BAD: dict[str, dict[str, dict[str, Change]]] = {
+    "append_kv": {
+        "k": ROWS | {"size": resize(0, 1)},
+        "v": ROWS | {"size": resize(0, -1), "other dtype": dtype(F16)},
+        "slots": SLOTS,
+        "k_pool": POOL,
+        "v_pool": V_POOL,
+    },
+    "copy_pages": {
+        "page_copies": {
+            "dtype": dtype(I64),
+            "rank": flatter,
+            "size": resize(1, 1),
+            "stride": spread,
+            "negative": set_value((0, 0), -1),
+            "past the end": set_value((1, 1), 5),
+            "huge": set_value((1, 0), HUGE),
+        },
+        "k_pool": POOL,
+        "v_pool": V_POOL,
+    },
+    "paged_attention": {
+        "q": {
+            "dtype": dtype(F64),
+            "rank": flatter,
+            "stride": spread,
+            "head_dim": resize(2, 16),
+            "heads": resize(1, 1),
+        },
+        "k_pool": POOL,
+        "v_pool": V_POOL,
+        "page_table": {
+            "dtype": dtype(I64),
+            "rank": flatter,
+            "stride": spread,
+            "size": resize(0, 1),
+            "negative": set_value((0, 1), -1),
+            "past the end": set_value((2, 2), 10),
+            "huge": set_value((2, 0), HUGE),
+        },
+        "seq_lens": {
+            "dtype": dtype(I64),
+            "rank": deeper,
+            "size": resize(0, 1),
+            "stride": spread,
+            "negative": set_value(1, -1),
+            "shorter than its rows": set_value(0, 2),
+            "beyond the table": set_value(2, 81),
+            "huge": set_value(2, HUGE),
+        },
+        "query_offsets": OFFSETS,
+        "scale": {"nan": to(float("nan")), "inf": to(float("inf"))},
+        "sliding_window": {"negative": to(-1)},
+        "soft_cap": {"negative": to(-1.0), "nan": to(float("nan"))},
+    },
+    "rms_norm": {
+        "x": {"dtype": dtype(F64), "int": dtype(I32), "stride": spread, "rank": to(torch.ones(()))},
+        "weight": {
+            "dtype": dtype(F64),
+            "rank": deeper,
+            "size": resize(0, 1),
+            "stride": spread,
+        },
+        "eps": {"negative": to(-1.0), "nan": to(float("nan"))},
+    },
+    "rope_append_kv": {
+        "q": {
+            "dtype": dtype(F64),
+            "rank": flatter,
+            "stride": spread,
+            "size": resize(0, 1),
+            "head_dim": resize(2, 16),
+            "expanded": lambda value: value[:1].expand(4, 6, 32),
+        },
+        "k": ROWS | {"size": resize(0, 1)},
+        "v": ROWS | {"size": resize(0, -1)},
+        "positions": {
+            "dtype": dtype(I64),
+            "rank": deeper,
+            "size": resize(0, 1),
+            "stride": spread,
+            "negative": set_value(0, -1),
+            "past the end": set_value(3, 64),
+            "huge": set_value(1, HUGE),
+        },
+        "cos_sin": {
+            "dtype": dtype(F64),
+            "rank": flatter,
+            "stride": spread,
+            "head_dim": resize(1, 16),
+        },
+        "slots": SLOTS,
+        "k_pool": POOL,
+        "v_pool": V_POOL,
+    },
+    "silu_mul": {
+        "gate_up": {
+            "dtype": dtype(F64),
+            "half": dtype(F16),
+            "rank": flatter,
+            "stride": spread,
+            "odd": resize(1, 1),
+        },
+    },
+    "quantized_linear": {
+        "x": {"dtype": dtype(F64), "rank": flatter, "stride": spread},
+        "weight": {
+            "dtype": dtype(I32),
+            "rank": flatter,
+            "stride": spread,
+            "depth": resize(1, 16),
+            "panels": resize(0, 1),
+            "columns": resize(2, 1),
+        },
+        "scales": {
+            "dtype": dtype(F64),
+            "rank": flatter,
+            "stride": spread,
+            "groups": resize(1, 1),
+            "missing": to(None),
+        },
+        "minimums": {
+            "dtype": dtype(F16),
+            "rank": flatter,
+            "stride": spread,
+            "panels": resize(0, 1),
+            "missing": to(None),
+        },
+        "bias": {"dtype": dtype(F64), "rank": deeper, "stride": spread, "size": resize(0, 1)},
+        "out_features": {"negative": to(-1)},
+    },
+    "ngram_lookup": {
+        "tokens": {
+            "dtype": dtype(torch.float32),
+            "rank": deeper,
+            "stride": spread,
+            "negative": set_value(3, -1),
+            "too large": lambda value: set_value(3, 2**31)(value.to(I64)),
+        },
+        "offsets": OFFSETS,
+        "min_n": {"zero": to(0), "negative": to(-5)},
+        "max_n": {"below min_n": to(0)},
+        "max_draft": {"negative": to(-1)},
+    },
+    "verify_draft": {
+        "draft_ids": {"dtype": dtype(torch.float32), "rank": deeper, "stride": spread},
+        "target_ids": {
+            "other dtype": dtype(I32),
+            "rank": deeper,
+            "stride": spread,
+            "size": resize(0, -1),
+        },
+        "draft_offsets": OFFSETS,
+    },
+}
+
+# Where two sizes contradict each other the message may name either of the two arguments.
+BLAMED = {
+    ("append_kv", "slots", "size"): "k",
+    ("rope_append_kv", "slots", "size"): "q",
+}
+
+TABLE = [
+    (op, argument, label)
+    for op, arguments in BAD.items()
+    for argument, changes in arguments.items()
+    for label in changes
+]
+
+
+def expect_refusal(op: str, argument: str, arguments: dict[str, Any]) -> str:
+    """Calls the op; returns the message after checking that no argument changed."""
+    tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor) and not v.is_meta}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    with pytest.raises((TypeError, ValueError)) as error:
+        getattr(ops, op)(**arguments)
+    for name, tensor in tensors.items():
+        assert_same_bits(tensor, before[name], name)
+    message = str(error.value).splitlines()[0]
+    assert message.startswith(f"{op}: "), message
+    assert ": expected " in message, message
+    assert ", got " in message, message
+    assert f"{op}: {argument}: " in message, message
+    return message
+
+
+def test_every_argument_has_a_bad_case() -> None:
+    for op in CASES:
+        assert set(BAD[op]) == set(valid_arguments(op)), op
+
+
+@pytest.mark.parametrize(("op", "argument", "label"), TABLE)
+def test_bad_argument(op: str, argument: str, label: str) -> None:
+    arguments = valid_arguments(op)
+    arguments[argument] = BAD[op][argument][label](arguments[argument])
+    message = expect_refusal(op, BLAMED.get((op, argument, label), argument), arguments)
+    if label == "dtype":
+        assert str(arguments[argument].dtype).removeprefix("torch.") in message
+
+
+TENSOR_ARGUMENTS = [
+    (op, name)
+    for op in CASES
+    for name, value in valid_arguments(op).items()
+    if isinstance(value, Tensor) and sum(map(torch.is_tensor, valid_arguments(op).values())) > 1
+]
+
+
+@pytest.mark.parametrize(("op", "argument"), TENSOR_ARGUMENTS)
+def test_one_argument_on_another_device(op: str, argument: str) -> None:
+    arguments = valid_arguments(op)
+    arguments[argument] = arguments[argument].to("meta")
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=f"{op}: .*device"):
+        getattr(ops, op)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("op", "argument"), [("silu_mul", "gate_up"), ("rms_norm", "x"), ("quantized_linear", "x")]
+)
+def test_sparse_is_refused(op: str, argument: str) -> None:
+    arguments = valid_arguments(op)
+    arguments[argument] = arguments[argument].to_sparse()
+    with pytest.raises((TypeError, ValueError, NotImplementedError, RuntimeError), match=op):
+        getattr(ops, op)(**arguments)
+
+
+@pytest.mark.parametrize("weight_format", ["fp32", "int8"])
+def test_parts_of_another_weight_format(weight_format: str) -> None:
+    arguments = valid_arguments("quantized_linear")
+    weight = torch.zeros(2, 64, 16)
+    if weight_format == "fp32":
+        expect_refusal("quantized_linear", "scales", arguments | {"weight": weight})
+    else:
+        weight = weight.to(torch.int8)
+        expect_refusal("quantized_linear", "minimums", arguments | {"weight": weight})
+
+
+@pytest.mark.parametrize("out_features", [0, 16, 33, 2**62])
+def test_out_features_outside_the_last_panel(out_features: int) -> None:
+    arguments = valid_arguments("quantized_linear") | {"out_features": out_features, "bias": None}
+    with pytest.raises(ValueError, match=r"quantized_linear: \w+: expected .*, got "):
+        ops.quantized_linear(**arguments)
+
+
+def test_depth_that_is_no_multiple_of_a_group() -> None:
+    arguments = valid_arguments("quantized_linear")
+    arguments["x"] = torch.zeros(3, 48)
+    arguments["weight"] = torch.zeros(2, 24, 16, dtype=torch.uint8)
+    expect_refusal("quantized_linear", "x", arguments)
+
+
+def test_an_odd_head_dim_cannot_be_rotated() -> None:
+    arguments = valid_arguments("rope_append_kv")
+    for name in ("q", "k", "v", "k_pool", "v_pool", "cos_sin"):
+        arguments[name] = arguments[name][..., :31].contiguous()
+    with pytest.raises(ValueError, match=r"rope_append_kv: \w+: expected .*, got "):
+        ops.rope_append_kv(**arguments)
+
+
+def test_repeated_page_ids_are_legal_for_reading() -> None:
+    arguments = valid_arguments("paged_attention")
+    arguments["page_table"][2] = arguments["page_table"][2, 0]
+    assert ops.paged_attention(**arguments).isfinite().all()
+
+
+def test_unused_table_entries_are_never_checked() -> None:
+    arguments = valid_arguments("paged_attention")
+    expected = ops.paged_attention(**arguments)
+    for unused in (-1, HUGE, -(2**31)):
+        arguments["page_table"][1] = unused
+        arguments["page_table"][0, 2:] = unused
+        assert_same_bits(ops.paged_attention(**arguments), expected)

@@ -1,0 +1,182 @@
+"""Schemas, fake kernels, compilation and autograd of every op."""
+
+from __future__ import annotations
+
+import inspect
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stateful_kv import ops
+from tests.ops.cases import CASES, WRITTEN, valid_arguments
+from tests.ops.comparing import assert_same_bits
+from tests.ops.paged import make_pools
+from tests.reference import elementwise
+
+ALL_OPS = sorted(CASES)
+
+
+def registered_schemas() -> dict[str, Any]:
+    """Every schema in the namespace, by op name."""
+    schemas = torch._C._jit_get_all_schemas()
+    mine = [schema for schema in schemas if schema.name.startswith("stateful_kv::")]
+    return {schema.name.removeprefix("stateful_kv::"): schema for schema in mine}
+
+
+def run(op: str, arguments: dict[str, Any]) -> list[Tensor]:
+    """Calls the op; returns its results, then the tensors it wrote."""
+    result = getattr(ops, op)(**arguments)
+    results = [] if result is None else list(result) if isinstance(result, tuple) else [result]
+    return results + [arguments[name] for name in WRITTEN.get(op, ())]
+
+
+def clone(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose tensors can be written."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def test_table_equals_the_registered_ops() -> None:
+    assert set(registered_schemas()) == set(CASES)
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_schema(op: str) -> None:
+    expected = torch._C.parse_schema(f"stateful_kv::{op}{CASES[op][0]}")
+    assert str(registered_schemas()[op]) == str(expected)
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_wrapper_has_the_signature_and_a_docstring(op: str) -> None:
+    wrapper = getattr(ops, op)
+    parameters = inspect.signature(wrapper).parameters
+    schema = registered_schemas()[op]
+    assert list(parameters) == [argument.name for argument in schema.arguments]
+    for argument in schema.arguments:
+        if argument.has_default_value():
+            assert parameters[argument.name].default == argument.default_value
+        assert f"{argument.name}: " in wrapper.__doc__
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_opcheck(op: str) -> None:
+    overload = getattr(torch.ops.stateful_kv, op).default
+    torch.library.opcheck(overload, tuple(valid_arguments(op).values()))
+
+
+@pytest.mark.parametrize("weight_format", ["fp32", "int8"])
+def test_opcheck_other_weight_formats(weight_format: str) -> None:
+    scales = None if weight_format == "fp32" else torch.randn(2, 2, 16)
+    weight = torch.randn(2, 64, 16)
+    weight = weight if weight_format == "fp32" else (weight * 40).to(torch.int8)
+    overload = torch.ops.stateful_kv.quantized_linear.default
+    torch.library.opcheck(overload, (torch.randn(3, 64), weight, scales, None, None, 30))
+
+
+def test_opcheck_pools_of_all_layers() -> None:
+    pools = torch.randn(2, 3, 5, 2, 16, 32)
+    copies = torch.tensor([[1, 2]], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.stateful_kv.copy_pages.default, (copies, pools[0], pools[1]))
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_meta_tensors_give_shapes(op: str) -> None:
+    arguments = valid_arguments(op)
+    expected = run(op, clone(arguments))
+    meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    for result, like in zip(run(op, meta), expected, strict=True):
+        assert result.device.type == "meta"
+        assert (result.shape, result.dtype, result.stride()) == (
+            like.shape,
+            like.dtype,
+            like.stride(),
+        )
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_gradients_are_refused(op: str) -> None:
+    """Not silently detached: an op without a backward says so when it is called."""
+    for name, value in valid_arguments(op).items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        arguments = valid_arguments(op)
+        arguments[name] = value.clone().requires_grad_()
+        with pytest.raises((ValueError, RuntimeError), match="grad"):
+            run(op, arguments)
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_parameters_work_without_grad_mode(op: str, mode: Any) -> None:
+    arguments = valid_arguments(op)
+    expected = run(op, clone(arguments))
+    with mode():
+        wrapped = {
+            k: torch.nn.Parameter(v) if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in arguments.items()
+        }
+        results = run(op, wrapped)
+    for result, like in zip(results, expected, strict=True):
+        assert_same_bits(result.detach(), like)
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_inputs_in_shared_memory(op: str) -> None:
+    arguments = valid_arguments(op)
+    expected = run(op, clone(arguments))
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            value.share_memory_()
+    for result, like in zip(run(op, arguments), expected, strict=True):
+        assert_same_bits(result, like)
+
+
+def layer(
+    x: Tensor, weight: Tensor, norm: Tensor, cos_sin: Tensor, k_pool: Tensor, v_pool: Tensor
+) -> Tensor:
+    """A toy decoder layer of three tokens made only of our ops."""
+    tokens = x.shape[0]
+    hidden = ops.rms_norm(x, norm, 1e-5)
+    fused = ops.quantized_linear(hidden, weight, None, None, None, 4 * 32)
+    q = fused[:, : 2 * 32].reshape(tokens, 2, 32).clone()
+    k = fused[:, 2 * 32 : 3 * 32].reshape(tokens, 1, 32)
+    v = fused[:, 3 * 32 :].reshape(tokens, 1, 32)
+    positions = torch.arange(tokens, dtype=torch.int32)
+    slots = torch.arange(tokens) + 16
+    ops.rope_append_kv(q, k, v, positions, cos_sin, slots, k_pool, v_pool)
+    table = torch.ones(1, 1, dtype=torch.int32)
+    lens = torch.full((1,), tokens, dtype=torch.int32)
+    borders = torch.arange(2, dtype=torch.int32) * tokens
+    output = ops.paged_attention(q, k_pool, v_pool, table, lens, borders, 0.2)
+    ops.copy_pages(torch.tensor([[1, 2]], dtype=torch.int32), k_pool, v_pool)
+    return ops.silu_mul(output.flatten(1))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_without_a_graph_break(backend: str) -> None:
+    torch.compiler.reset()
+    x, norm = torch.randn(3, 64), torch.randn(64)
+    weight = torch.randn(8, 64, 16)
+    cos_sin = torch.from_numpy(elementwise.rope_table(8, 32)).float()
+    eager_pools, compiled_pools = make_pools(3, 1, 16, 32), make_pools(3, 1, 16, 32)
+    expected = layer(x, weight, norm, cos_sin, *eager_pools)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    assert_same_bits(compiled(x, weight, norm, cos_sin, *compiled_pools), expected)
+    assert_same_bits(compiled_pools[0], eager_pools[0])
+    assert_same_bits(compiled_pools[1], eager_pools[1])
+
+
+def test_calls_from_several_threads() -> None:
+    cases = [(op, valid_arguments(op)) for op in ALL_OPS]
+    expected = [run(op, clone(arguments)) for op, arguments in cases]
+
+    def repeat(_: int) -> None:
+        for (op, arguments), like in zip(cases, expected, strict=True):
+            for result, wanted in zip(run(op, clone(arguments)), like, strict=True):
+                assert_same_bits(result, wanted, op)
+
+    with ThreadPoolExecutor(3) as pool:
+        for future in [pool.submit(repeat, i) for i in range(12)]:
+            future.result()
