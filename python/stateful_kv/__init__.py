@@ -1,0 +1,70 @@
+"""Stateful inference engine for agents: every turn costs only its delta.
+
+`Engine` and `Session` run models; `ops` holds the torch custom ops for engine builders.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stateful_kv import ops
+from stateful_kv._native import build_info
+from stateful_kv.config import EngineConfig, ModelConfig, SamplingParams
+from stateful_kv.errors import (
+    BuildMismatchError,
+    ContextLengthError,
+    DeviceUnavailableError,
+    InvalidRequestError,
+    InvariantError,
+    ModelLoadError,
+    ModelNotFoundError,
+    OutOfPagesError,
+    SessionBusyError,
+    SessionClosedError,
+    StatefulKVError,
+)
+
+if TYPE_CHECKING:
+    from stateful_kv.engine import Engine
+    from stateful_kv.receipts import Receipt, Reply
+    from stateful_kv.session import Session
+
+# The engine brings tokenizers and templates; who only wants the ops does not wait for them.
+_LAZY = {
+    "Engine": "stateful_kv.engine",
+    "Receipt": "stateful_kv.receipts",
+    "Reply": "stateful_kv.receipts",
+    "Session": "stateful_kv.session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'stateful_kv' has no attribute {name!r}")
+
+
+__all__ = [
+    "BuildMismatchError",
+    "ContextLengthError",
+    "DeviceUnavailableError",
+    "Engine",
+    "EngineConfig",
+    "InvalidRequestError",
+    "InvariantError",
+    "ModelConfig",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "OutOfPagesError",
+    "Receipt",
+    "Reply",
+    "SamplingParams",
+    "Session",
+    "SessionBusyError",
+    "SessionClosedError",
+    "StatefulKVError",
+    "build_info",
+    "ops",
+]

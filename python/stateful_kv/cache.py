@@ -1,0 +1,193 @@
+"""KVCache: pool tensors, page pool, sequences and the prefix tree; the only owner of KV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from stateful_kv import ops
+from stateful_kv._native import _C, check_device
+from stateful_kv.batch import BatchPages
+from stateful_kv.errors import OutOfPagesError
+from stateful_kv.ledger import TokenArray
+
+DTYPES = {
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}
+
+# Tenants, adapters and numerics get roots of their own once there are several of them.
+DEFAULT_ROOT_KEY = 0
+
+
+class KVCache:
+    """Paged key/value storage with prefix sharing.
+
+    Sequences hold unfinished pages, the radix tree holds finished ones. Lengths move only in
+    `commit` and `truncate`; whatever a step wrote beyond them never happened.
+
+    Attributes:
+        k: [num_layers, P, Hk, B, D], keys; `cache.k[layer]` is what an op takes.
+        v: [num_layers, P, Hk, B, D], values.
+        page_size: tokens a page holds (B).
+        num_pages: pages of the pool (P).
+        relieve: called when eviction does not free enough; releases pages of something idle and
+            returns True, or returns False when there is nothing left to release.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype = torch.float16,
+        device: str = "cpu",
+    ) -> None:
+        shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
+        pool_device = check_device(device)
+        self.k = torch.zeros(shape, dtype=dtype, device=pool_device)
+        self.v = torch.zeros(shape, dtype=dtype, device=pool_device)
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.relieve: Callable[[], bool] | None = None
+        self._pool = _C.PagePool(num_pages, page_size)
+        self._table = _C.SequenceTable(self._pool)
+        self._tree = _C.RadixTree(self._pool)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages nobody holds."""
+        return self._pool.num_free()
+
+    @property
+    def num_evictable_pages(self) -> int:
+        """Pages only the tree holds, which `reserve` may take."""
+        return self._tree.num_evictable_pages()
+
+    @property
+    def num_sequences(self) -> int:
+        """Living sequences."""
+        return self._table.num_sequences()
+
+    def length(self, sequence_id: int) -> int:
+        """Tokens of the sequence that have KV."""
+        return self._table.length(sequence_id)
+
+    def num_pages_of(self, sequence_id: int) -> int:
+        """Pages the sequence holds, shared ones included."""
+        return self._table.num_pages(sequence_id)
+
+    def match_len(self, tokens: TokenArray) -> int:
+        """How many of the first tokens have KV in the tree; changes nothing."""
+        return self._tree.match(DEFAULT_ROOT_KEY, tokens).num_tokens
+
+    def match_and_adopt(self, tokens: TokenArray) -> tuple[int, int]:
+        """Makes a sequence that starts with the longest cached prefix of `tokens`.
+
+        Returns:
+            The sequence id and the number of tokens it already has KV for.
+        """
+        match = self._tree.match(DEFAULT_ROOT_KEY, tokens)
+        if match.num_tokens == 0:
+            return self._table.create(), 0
+        sequence_id = self._table.adopt(match.pages, match.num_tokens)
+        self._tree.touch(match)
+        return sequence_id, match.num_tokens
+
+    def reserve(self, sequence_id: int, num_tokens: int) -> None:
+        """Makes room for `num_tokens` more tokens, evicting cached prefixes where needed.
+
+        If the next token goes to a page that is shared, the sequence gets a copy of its own.
+
+        Raises:
+            OutOfPagesError: not even eviction frees enough pages; nothing changed.
+        """
+        copies = self._table.append(sequence_id, num_tokens)
+        while copies is None:
+            wanted = self._table.pages_needed(sequence_id, num_tokens)
+            short = max(1, wanted - self._pool.num_free())
+            freed = self._tree.evict(short)
+            if freed < short and not (self.relieve is not None and self.relieve()):
+                raise self._out_of_pages(wanted)
+            copies = self._table.append(sequence_id, num_tokens)
+        if copies.shape[0]:
+            ops.copy_pages(copies, self.k, self.v)
+
+    def check_fits(self, num_tokens: int) -> None:
+        """Raises OutOfPagesError if a sequence of `num_tokens` can never fit into the pool."""
+        wanted = -(-num_tokens // self.page_size)
+        if wanted > self.num_pages:
+            raise self._out_of_pages(wanted)
+
+    def batch_pages(self, sequence_ids: Sequence[int], query_lens: Sequence[int]) -> BatchPages:
+        """Where the reserved tokens of a step go: page tables, positions and slots."""
+        return BatchPages(
+            *self._table.fill_batch(
+                torch.tensor(sequence_ids, dtype=torch.int64),
+                torch.tensor(query_lens, dtype=torch.int32),
+            )
+        )
+
+    def commit(self, sequence_id: int, num_tokens: int) -> None:
+        """Makes the next `num_tokens` reserved tokens part of the sequence; trims the rest."""
+        self._table.commit(sequence_id, num_tokens)
+
+    def truncate(self, sequence_id: int, length: int) -> None:
+        """Drops the tokens from `length` on, and every reservation."""
+        self._table.truncate(sequence_id, length)
+
+    def fork(self, sequence_id: int) -> int:
+        """Returns a new sequence that shares all pages; O(pages)."""
+        return self._table.fork(sequence_id)
+
+    def release(self, sequence_id: int) -> None:
+        """Ends the sequence; pages nobody else holds become free."""
+        self._table.release(sequence_id)
+
+    def insert(self, sequence_id: int, tokens: TokenArray, *, with_partial_page: bool) -> int:
+        """Gives the sequence's pages to the tree, so other sequences can start from them.
+
+        Pages whose content the tree already has are folded: the sequence moves to the tree's.
+
+        Args:
+            sequence_id: whose pages.
+            tokens: the sequence's tokens; at least its length.
+            with_partial_page: also the last page if it is not full. Only for a sequence that
+                will be released, else its next token would have to copy that page.
+
+        Returns:
+            How many tokens the tree now has of this sequence.
+        """
+        length = self._table.length(sequence_id)
+        num_full = length // self.page_size
+        count = length if with_partial_page else num_full * self.page_size
+        if count == 0:
+            return 0
+        pages = self._table.page_table(sequence_id)[: -(-count // self.page_size)]
+        result = self._tree.insert(DEFAULT_ROOT_KEY, tokens[:count], pages)
+        canonical = result.pages[:num_full]
+        if not torch.equal(canonical, pages[:num_full]):
+            self._table.replace_prefix(sequence_id, canonical)
+        return count
+
+    def evict_all(self) -> int:
+        """Empties the tree; returns the number of pages that became free."""
+        return self._tree.evict_all()
+
+    def check_integrity(self) -> str | None:
+        """Describes the first broken invariant of pool, sequences and tree, or returns None."""
+        return (
+            self._pool.check_integrity()
+            or self._table.check_integrity()
+            or self._tree.check_integrity()
+            or _C.check_references(self._pool, self._table, [self._tree])
+        )
+
+    def _out_of_pages(self, wanted: int) -> OutOfPagesError:
+        free, evictable = self._pool.num_free(), self._tree.num_evictable_pages()
+        pinned = self.num_pages - free - evictable
+        return OutOfPagesError(wanted, free, evictable, pinned)

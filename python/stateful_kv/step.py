@@ -1,0 +1,179 @@
+"""One engine step: admit turns, plan rows, reserve pages, forward, verify, commit.
+
+Lengths move only in commit, so whatever goes wrong before leaves every session as it was. What
+is raised for one turn ends that turn; the others go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from stateful_kv.batch import Batch
+from stateful_kv.cache import KVCache
+from stateful_kv.config import ModelConfig
+from stateful_kv.drafting import Candidate, Choice, verify
+from stateful_kv.errors import OutOfPagesError
+from stateful_kv.plan import Planner, RowPlan, admissible, build_batch
+from stateful_kv.turn import Turn, TurnPhase
+
+
+class Model(Protocol):
+    """A pure function of a batch and the cache; see `models.llama.LlamaModel`."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        ...
+
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Writes KV of all rows of the batch; returns float32[R, V], logits of logit_rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass: its rows, the logits they asked for, its duration."""
+
+    rows: list[RowPlan]
+    logits: torch.Tensor
+    seconds: float
+
+
+class Stepper:
+    """Advances running turns, all of them in one ragged batch.
+
+    Attributes:
+        num_steps: steps taken so far.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, planner: Planner) -> None:
+        self._model = model
+        self.num_steps = 0
+        self._cache = cache
+        self._planner = planner
+
+    def step(self, running: Sequence[Turn]) -> None:
+        """Runs one step of these unfinished turns, in the order they were opened."""
+        began_at = time.perf_counter()
+        self.num_steps += 1
+        for turn in admissible(running):
+            try:
+                turn.admit()
+            except Exception as error:
+                turn.fail(error)
+        rows = self._reserve(self._planner.plan(running))
+        passes = self._forward(rows) if rows else []
+        forward_s = sum(one.seconds for one in passes)
+        for one in passes:
+            for row, choice in zip(one.rows, _verify(one), strict=True):
+                self._commit(row, choice)
+        host_s = time.perf_counter() - began_at - forward_s
+        for one in passes:
+            for row in one.rows:
+                self._end_row(row, one.seconds, host_s)
+
+    def _reserve(self, rows: Sequence[RowPlan]) -> list[RowPlan]:
+        """Makes room for each row; where there is none, first its draft goes, then its turn."""
+        ready: list[RowPlan] = []
+        for row in rows:
+            row.turn.state.last_used = self.num_steps
+            try:
+                try:
+                    self._cache.reserve(row.sequence_id, len(row.feed_ids))
+                except OutOfPagesError:
+                    if not row.draft:
+                        raise
+                    row = row.without_draft()
+                    self._cache.reserve(row.sequence_id, len(row.feed_ids))
+                ready.append(row)
+            except OutOfPagesError as error:
+                row.turn.fail(error)
+            except Exception as error:
+                row.turn.state.drop_kv()
+                row.turn.fail(error)
+            except BaseException:
+                # Interrupted, maybe between planning a page copy and making it: that page has no
+                # content. The turn goes on with KV computed anew.
+                row.turn.requeue()
+                raise
+        return ready
+
+    def _forward(self, rows: list[RowPlan]) -> list[_Pass]:
+        """Computes the rows in one pass; if that fails, one by one, to find whose fault it is."""
+        began_at = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                logits = self._model.forward(build_batch(rows, self._cache), self._cache)
+            return [_Pass(rows, logits, time.perf_counter() - began_at)]
+        except Exception as error:
+            if len(rows) > 1:
+                return [one for row in rows for one in self._forward([row])]
+            rows[0].turn.fail(error)
+            return []
+
+    def _commit(self, row: RowPlan, choice: Choice) -> None:
+        """Makes the row's tokens part of session and cache: the only place lengths move."""
+        turn, state = row.turn, row.turn.state
+        try:
+            num_new = len(row.feed_ids) - len(row.draft)
+            if row.num_logit_rows == 0:
+                self._cache.commit(row.sequence_id, num_new)
+            else:
+                taken = turn.accept(choice.tokens)
+                if choice.error is not None and not turn.is_finished:
+                    raise choice.error
+                # KV of an accepted draft token is there; the last token never has any yet.
+                self._cache.commit(row.sequence_id, num_new + taken - 1)
+                num_agreed = len(choice.tokens) - 1
+                turn.receipt.drafted_tokens += len(row.draft)
+                turn.receipt.accepted_tokens += min(taken, num_agreed)
+                if row.draft and state.drafter is not None:
+                    state.drafter.observe(len(row.draft), num_agreed)
+            if turn.phase is TurnPhase.EXTENDING:
+                state.store()
+                if row.num_logit_rows:
+                    turn.phase = TurnPhase.DECODING
+        except Exception as error:
+            turn.fail(error)
+        except BaseException as error:
+            turn.fail(error)  # caught half-way, whoever was interrupted
+            raise
+
+    def _end_row(self, row: RowPlan, forward_s: float, host_s: float) -> None:
+        """Writes the step into the turn's receipt; closes the books of a finished turn."""
+        turn = row.turn
+        if turn.error is not None:
+            return
+        turn.receipt.steps += 1
+        turn.receipt.host_s += host_s
+        turn.receipt.computed_tokens += row.num_prompt_rows
+        if row.num_prompt_rows:
+            turn.receipt.prefill_s += forward_s
+        else:
+            turn.receipt.decode_s += forward_s
+        if turn.is_finished and not turn.is_streamed:
+            try:
+                turn.close_books()
+            except Exception as error:
+                turn.fail(error)
+            except BaseException as error:
+                turn.fail(error)
+                raise
+
+
+def _verify(one: _Pass) -> list[Choice]:
+    """Chooses tokens for the rows of a pass that asked for logits; no tokens for the others."""
+    asking = [row for row in one.rows if row.num_logit_rows]
+    candidates = [
+        Candidate(
+            row.turn.sampler, row.draft, row.start_position + len(row.feed_ids) - len(row.draft)
+        )
+        for row in asking
+    ]
+    chosen = iter(verify(candidates, one.logits) if candidates else [])
+    return [next(chosen) if row.num_logit_rows else Choice([], None) for row in one.rows]

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from stateful_kv.config import EngineConfig
+from stateful_kv.engine import Engine
+from stateful_kv.models.llama import LlamaModel
+from tests.e2e.tiny import ByteTokenizer, Recorder, tiny_llama
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def llama() -> LlamaModel:
+    """A tiny random model; it has no state, so all tests may share it."""
+    return tiny_llama()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads only cost time in models as small as these; tests of threads set their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_engine(llama: LlamaModel) -> Iterator[MakeEngine]:
+    """Makes engines; after the test each must be consistent, and empty once all is closed."""
+    engines: list[Engine] = []
+
+    def make(model: Any = None, tokenizer: Any = None, **config: Any) -> Engine:
+        config = {"kv_tokens": 4096, "page_size": 16, **config}
+        model = Recorder(llama if model is None else model)
+        engine = Engine(model, tokenizer or ByteTokenizer(), EngineConfig(**config))
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        if not engine.is_closed:
+            assert engine.check_integrity() is None
+            engine.close()
+        assert engine.cache.check_integrity() is None
+        assert engine.cache.num_free_pages == engine.cache.num_pages

@@ -1,0 +1,74 @@
+"""The host's part of a turn costs the delta, not the history."""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+import pytest
+
+from stateful_kv.engine import Engine
+from stateful_kv.ledger import Ledger
+from tests.e2e.conftest import MakeEngine
+from tests.e2e.tiny import ByteTokenizer, CountingUp
+
+LENGTHS = (1_000, 8_000, 100_000)
+MAX_RATIO = 4.0
+FLOOR_S = 2e-3
+
+
+def host_seconds(engine: Engine, length: int) -> float:
+    """Median host time of a short turn behind `length` tokens of history."""
+    session = engine.session()
+    session.turn("x" * length, max_tokens=1)
+    times = []
+    for number in range(15):
+        receipt = session.turn(f"message {number % 10}", max_tokens=8).receipt
+        assert receipt.computed_tokens < 20
+        times.append(receipt.total_s - receipt.prefill_s - receipt.decode_s)
+    session.close()
+    engine.clear_cache()
+    return statistics.median(times)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_host_time_is_flat(make_engine: MakeEngine, draft: bool) -> None:
+    engine = make_engine(CountingUp(), kv_tokens=1 << 18, page_size=64, draft=draft)
+    host_seconds(engine, 100)
+    seconds = {length: host_seconds(engine, length) for length in LENGTHS}
+    bound = MAX_RATIO * max(seconds[LENGTHS[0]], FLOOR_S)
+    assert max(seconds.values()) < bound, seconds
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_only_the_delta_is_rendered_and_copied(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    tokenizer = ByteTokenizer()
+    engine = make_engine(CountingUp(), tokenizer, kv_tokens=1 << 18, page_size=64)
+    session = engine.session()
+    session.turn("x" * length, max_tokens=1)
+    appended: list[int] = []
+    append = Ledger.append
+
+    def count(ledger: Ledger, tokens: object) -> None:
+        appended.append(len(tokens))  # type: ignore[arg-type]
+        append(ledger, tokens)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Ledger, "append", count)
+    tokenizer.calls.clear()
+    reply = session.turn("short", max_tokens=8)
+    assert tokenizer.calls == [("delta", 9)]
+    assert sum(appended) == 9 + 8
+    assert reply.receipt.computed_tokens == 10
+    assert reply.receipt.reused_tokens == length + 3
+
+
+def test_the_ledger_grows_by_doubling() -> None:
+    ledger = Ledger()
+    buffers = set()
+    for token in range(100_000):
+        ledger.append((token,))
+        buffers.add(ledger.tokens.ctypes.data if token % 1000 == 0 else 0)
+    assert len(buffers) < 20
+    assert np.array_equal(ledger.tokens, np.arange(100_000))

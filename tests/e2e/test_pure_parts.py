@@ -1,0 +1,301 @@
+"""Ledger, sampling, stop rules and draft policy without an engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from stateful_kv.config import EngineConfig, SamplingParams
+from stateful_kv.drafting import MAX_MATCH, MIN_MATCH, Candidate, Drafter, DraftPolicy, verify
+from stateful_kv.ledger import Ledger
+from stateful_kv.sampling import BadLogitsError, Sampler, keyed_uniform
+from stateful_kv.stopping import StopRules, StopStringFinder
+from tests.e2e.tiny import FIRST_BYTE, ByteDecoder
+
+NO_PROMPT = np.empty(0, dtype=np.int32)
+
+
+def sampler(vocab_size: int = 32, prompt: np.ndarray = NO_PROMPT, **params: object) -> Sampler:
+    settings = SamplingParams(**params)
+    return Sampler(settings, settings.seed, vocab_size, prompt)
+
+
+class TestLedger:
+    def test_append_is_visible_without_a_copy(self) -> None:
+        ledger = Ledger([1, 2, 3])
+        ledger.append(np.arange(1000, dtype=np.int32))
+        assert len(ledger) == 1003
+        assert ledger.last_token == 999
+        assert ledger.tokens.flags["C_CONTIGUOUS"]
+        assert ledger.tokens.base is ledger.tokens.base
+
+    def test_truncate_forgets_turns_that_lose_tokens(self) -> None:
+        ledger = Ledger()
+        for turn in range(3):
+            ledger.append([turn] * 10)
+            ledger.end_turn(turn * 10, turn * 10 + 4)
+        assert [ledger.turn_end(turn) for turn in range(4)] == [0, 10, 20, 30]
+        ledger.truncate(20)
+        assert ledger.num_turns == 2
+        ledger.truncate(19)
+        assert ledger.num_turns == 1
+        with pytest.raises(ValueError, match=r"expected 0\.\.19, got 20"):
+            ledger.truncate(20)
+
+    def test_copy_is_independent(self) -> None:
+        ledger = Ledger([1, 2, 3])
+        ledger.end_turn(0, 1)
+        copy = ledger.copy()
+        copy.append([4])
+        ledger.truncate(1)
+        assert copy.tokens.tolist() == [1, 2, 3, 4]
+        assert copy.num_turns == 1
+
+
+class TestSampling:
+    def test_greedy_takes_the_lowest_id_of_equals(self) -> None:
+        row = np.array([0.0, 3.0, 1.0, 3.0], dtype=np.float32)
+        assert sampler(4).choose(row, 0) == 1
+        choice = verify([Candidate(sampler(4), [], 0)], torch.from_numpy(row)[None])
+        assert choice[0].tokens == [1]
+
+    def test_random_numbers_belong_to_seed_and_position(self) -> None:
+        numbers = {keyed_uniform(seed, position) for seed in range(50) for position in range(50)}
+        assert len(numbers) == 2500
+        assert keyed_uniform(2**64 - 1, 7) == keyed_uniform(2**64 - 1, 7)
+        assert abs(np.mean(list(numbers)) - 0.5) < 0.03
+
+    def test_frequencies_follow_the_distribution(self) -> None:
+        probabilities = np.array([0.5, 0.25, 0.15, 0.1])
+        row = np.log(probabilities).astype(np.float32)
+        one = sampler(4, temperature=1.0, seed=3)
+        counts = np.bincount([one.choose(row, position) for position in range(4000)], minlength=4)
+        chi_square = ((counts - 4000 * probabilities) ** 2 / (4000 * probabilities)).sum()
+        assert chi_square < 16.3  # three degrees of freedom, p = 0.001
+
+    @pytest.mark.parametrize(
+        ("params", "allowed"),
+        [
+            ({"top_k": 1}, {3}),
+            ({"top_k": 2}, {3, 0}),
+            ({"top_k": 1000}, {0, 1, 2, 3}),
+            ({"top_p": 0.5}, {3}),
+            ({"top_p": 0.6}, {3, 0}),
+            ({"top_p": 1e-12}, {3}),
+            ({"min_p": 0.5}, {3, 0}),
+            ({"min_p": 1.0}, {3}),
+            ({"top_k": 3, "top_p": 0.99, "min_p": 0.01}, {3, 0, 1}),
+        ],
+    )
+    def test_filters_keep_only_the_likeliest(self, params: dict, allowed: set[int]) -> None:
+        row = np.log(np.array([0.3, 0.1, 0.05, 0.55])).astype(np.float32)
+        one = sampler(4, temperature=1.0, seed=1, **params)
+        assert {one.choose(row, position) for position in range(400)} == allowed
+
+    def test_ties_at_a_border_go_to_lower_ids(self) -> None:
+        row = np.zeros(10, dtype=np.float32)
+        one = sampler(10, temperature=1.0, seed=1, top_k=3)
+        assert {one.choose(row, position) for position in range(200)} == {0, 1, 2}
+
+    @pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-3])
+    def test_tiny_temperatures_are_greedy(self, temperature: float) -> None:
+        row = np.random.default_rng(0).normal(size=64).astype(np.float32)
+        one = sampler(64, temperature=temperature, seed=9, top_p=0.9)
+        assert one.choose(row, 5) == int(row.argmax())
+
+    def test_masked_tokens_are_never_drawn(self) -> None:
+        row = np.full(64, -np.inf, dtype=np.float32)
+        row[[3, 60]] = 1.0
+        one = sampler(64, temperature=100.0, seed=9)
+        assert {one.choose(row, position) for position in range(100)} == {3, 60}
+
+    def test_penalties_use_prompt_and_output(self) -> None:
+        prompt = np.array([1, 1, 2], dtype=np.int32)
+        row = np.array([1.0, 1.4, -1.0, 1.2], dtype=np.float32)
+        repeated = sampler(4, prompt, repetition_penalty=2.0)
+        assert repeated.choose(row, 3) == 3  # 1.4 / 2 is less than 1.2
+        repeated.note(3)
+        assert repeated.choose(row, 4) == 0
+        output_only = sampler(4, prompt, presence_penalty=0.5, frequency_penalty=0.2)
+        assert output_only.choose(row, 3) == 1
+        output_only.note(1)
+        assert output_only.choose(row, 4) == 3
+
+    def test_penalties_inside_a_draft_see_the_draft_before_them(self) -> None:
+        rows = np.tile(np.array([1.0, 1.4, 0.0, 1.2], dtype=np.float32), (4, 1))
+        one = sampler(4, repetition_penalty=2.0)
+        assert one.choose_run(rows, [1, 3, 0], 0) == ([1, 3, 0, 1], None)
+        assert one.choose_run(rows, [1, 1, 0], 0) == ([1, 3], None)
+        assert one.choose(rows[0], 0) == 1, "a run must not change the context"
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_bad_rows_are_errors(self, bad: float, temperature: float) -> None:
+        rows = np.zeros((3, 8), dtype=np.float32)
+        rows[:, 5] = 1.0
+        rows[1, 2] = bad
+        one = sampler(8, temperature=temperature, seed=1, top_k=1)
+        tokens, error = one.choose_run(rows, [5, 5], 10)
+        assert tokens == [5]
+        assert "position 11" in str(error)
+        with pytest.raises(BadLogitsError):
+            one.choose(np.full(8, -np.inf, dtype=np.float32), 0)
+        choice = verify([Candidate(one, [5, 5], 10)], torch.from_numpy(rows))[0]
+        assert choice.tokens == [5]
+        assert "position 11" in str(choice.error)
+
+    def test_bad_rows_behind_a_refused_draft_do_not_matter(self) -> None:
+        rows = torch.zeros(3, 8)
+        rows[:, 5] = 1.0
+        rows[2] = torch.nan
+        assert verify([Candidate(sampler(8), [4, 5], 0)], rows)[0] == ([5], None)
+
+    def test_verify_mixes_greedy_and_sampled(self) -> None:
+        logits = torch.randn(6, 16)
+        best = logits.argmax(-1).tolist()
+        candidates = [
+            Candidate(sampler(16), [best[0], best[1]], 4),
+            Candidate(sampler(16, temperature=1.0, seed=5, top_k=1), [best[3]], 9),
+            Candidate(sampler(16), [], 2),
+        ]
+        choices = verify(candidates, logits)
+        assert [choice.tokens for choice in choices] == [best[:3], best[3:5], best[5:]]
+
+
+class TestStopping:
+    @pytest.mark.parametrize("size", [1, 2, 3, 100])
+    @pytest.mark.parametrize(
+        ("text", "stops", "shown"),
+        [
+            ("hello world", ["wor"], "hello "),
+            ("aaab", ["aab"], "a"),
+            ("abcbc", ["bc", "abcb"], "a"),
+            ("xabcd", ["abcd", "b"], "xa"),
+            ("ab", ["abc"], "ab"),
+            ("12ab34", ["zz", "b3"], "12a"),
+            ("schöne Grüße", ["Grü"], "schöne "),
+        ],
+    )
+    def test_result_does_not_depend_on_the_pieces(
+        self, text: str, stops: list[str], shown: str, size: int
+    ) -> None:
+        finder = StopStringFinder(stops)
+        out, found = "", False
+        for start in range(0, len(text), size):
+            piece, found = finder.push(text[start : start + size])
+            out += piece
+            if found:
+                break
+        if not found:
+            out += finder.flush()
+        assert out == shown
+        assert found == (shown != text)
+
+    def test_shown_text_is_never_taken_back(self) -> None:
+        finder = StopStringFinder(["<end>"])
+        pieces = [finder.push(piece)[0] for piece in ["a<e", "nd", "x", "<", "end"]]
+        assert pieces == ["a", "", "<endx", "", ""]
+
+    def test_stop_inside_a_character(self) -> None:
+        rules = StopRules(ByteDecoder(), frozenset(), ["ü"])
+        tokens = [FIRST_BYTE + byte for byte in "aüb".encode()]
+        assert [rules.push(token) for token in tokens[:3]] == [
+            ("a", False),
+            ("", False),
+            ("", True),
+        ]
+
+    def test_stop_tokens_add_no_text_and_release_what_was_held(self) -> None:
+        rules = StopRules(ByteDecoder(), frozenset({70}), ["no!"])
+        assert rules.push(FIRST_BYTE + ord("n")) == ("", False)
+        assert rules.push(70) == ("n", True)
+
+
+class TestDraftPolicy:
+    def test_backs_off_and_comes_back(self) -> None:
+        policy = DraftPolicy(max_draft=7)
+        assert policy.draft_len(MIN_MATCH - 1) == 0
+        first = policy.draft_len(MAX_MATCH)
+        assert first >= 3
+        for _ in range(30):
+            length = policy.draft_len(MAX_MATCH)
+            if length:
+                policy.observe(MAX_MATCH, length, 0)
+        lengths = [policy.draft_len(MAX_MATCH) for _ in range(40)]
+        assert max(lengths) == 1
+        assert sum(lengths) == 40 // policy.PROBE_EVERY
+        for _ in range(40):
+            length = policy.draft_len(MAX_MATCH)
+            if length:
+                policy.observe(MAX_MATCH, length, length)
+        assert policy.draft_len(MAX_MATCH) >= first
+
+    def test_never_longer_than_allowed(self) -> None:
+        for max_draft in (0, 1, 2, 20):
+            policy = DraftPolicy(max_draft)
+            for _ in range(50):
+                policy.observe(8, 3, 3)
+            assert policy.draft_len(8) <= max_draft
+
+
+class TestDrafter:
+    def test_follows_the_ledger(self) -> None:
+        ledger = Ledger([1, 2, 3, 4, 5, 9, 9, 1, 2, 3])
+        drafter = Drafter(max_draft=7)
+        assert drafter.propose(ledger, 2) == [4, 5]
+        assert drafter.propose(ledger, 0) == []
+        fork, copy = drafter.fork(), ledger.copy()
+        copy.append([4])
+        assert fork.propose(copy, 1) == [5]
+        assert drafter.propose(ledger, 1) == [4]
+        ledger.truncate(3)
+        drafter.truncate(3)
+        ledger.append([7, 8, 1, 2, 3])
+        assert drafter.propose(ledger, 2) == [7, 8]
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("temperature", -1.0),
+            ("temperature", float("nan")),
+            ("temperature", "hot"),
+            ("top_k", -1),
+            ("top_k", 1.5),
+            ("top_p", 0.0),
+            ("top_p", 1.5),
+            ("min_p", -0.1),
+            ("repetition_penalty", 0.0),
+            ("presence_penalty", float("inf")),
+            ("frequency_penalty", 1e9),
+            ("seed", -1),
+            ("seed", 2**64),
+            ("stop", ("",)),
+            ("stop", (3,)),
+            ("stop_token_ids", (-1,)),
+            ("ignore_eos", 1),
+        ],
+    )
+    def test_bad_sampling_names_the_field(self, field: str, value: object) -> None:
+        with pytest.raises(ValueError, match=field):
+            SamplingParams(**{field: value})
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("kv_tokens", 0),
+            ("page_size", -4),
+            ("kv_dtype", "float8"),
+            ("max_batch_tokens", True),
+            ("max_draft", 1000),
+            ("draft", None),
+        ],
+    )
+    def test_bad_engine_config_names_the_field(self, field: str, value: object) -> None:
+        with pytest.raises(ValueError, match=field):
+            EngineConfig(**{field: value})
+
+    def test_one_stop_string_need_not_be_a_tuple(self) -> None:
+        assert SamplingParams(stop="ab").stop == ("ab",)
