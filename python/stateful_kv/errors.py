@@ -14,7 +14,7 @@ class OutOfPagesError(StatefulKVError):
         wanted: pages the request needs.
         free: pages that are free.
         evictable: further pages that eviction could free.
-        pinned: pages of pinned prefixes, which eviction must keep.
+        pinned: pages that sequences or pins hold, which eviction must keep.
     """
 
     def __init__(self, wanted: int, free: int, evictable: int, pinned: int) -> None:
