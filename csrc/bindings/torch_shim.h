@@ -10,14 +10,17 @@
 #include <initializer_list>
 
 #include "csrc/core/parallel_for.h"
+#include "csrc/core/thread_pool.h"
 #include "csrc/kernels/params.h"
 
 namespace skv::bindings {
 
-// Lends torch's threads to a kernel: pass torch_parallel_for where a ParallelFor is wanted.
+// Lends the process's threads to a kernel, as many as torch.set_num_threads allows: pass
+// torch_parallel_for where a ParallelFor is wanted. Torch's own OpenMP threads are not used: they
+// would wait for each other at the end of every kernel, on a busy machine for whole time slices.
 struct TorchParallelFor {
   void operator()(int64_t n, int64_t grain, RangeBody body) const {
-    at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end); });
+    ThreadPool::instance().run(n, grain, at::get_num_threads(), body);
   }
 };
 inline constexpr TorchParallelFor torch_parallel_for{};

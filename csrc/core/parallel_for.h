@@ -1,5 +1,5 @@
 // The hook through which a caller lends its threads to the kernels. The kernels own no thread:
-// the torch bindings pass at::parallel_for, tests pass serial_parallel_for.
+// the torch bindings pass the ThreadPool, tests pass serial_parallel_for.
 #pragma once
 
 #include <cstdint>
