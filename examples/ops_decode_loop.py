@@ -25,9 +25,9 @@ def forward(weights, config, pools, page_table, token_ids, start):
         attended = ops.paged_attention(
             q, k_pool, v_pool, page_table, seq_lens, offsets, config.head_dim**-0.5
         )
-        x += layer.o(attended.flatten(1))
+        x = layer.o(attended.flatten(1), residual=x)
         hidden = ops.rms_norm(x, layer.ffn_norm, config.rms_norm_eps)
-        x += layer.down(ops.silu_mul(layer.gate_up(hidden)))
+        x = layer.down(ops.silu_mul(layer.gate_up(hidden)), residual=x)
     return weights.head(ops.rms_norm(x, weights.norm, config.rms_norm_eps))
 
 
@@ -44,7 +44,7 @@ def generate(loaded, tokens, max_tokens):
         feed = torch.cat([tokens[cached:], draft])
         logits = forward(weights, config, pools, page_table, feed, cached)
         passes += 1
-        target = logits[len(feed) - len(draft) - 1 :].argmax(1)
+        target, _ = ops.argmax(logits[len(feed) - len(draft) - 1 :])
         accepted, bonus = ops.verify_draft(draft, target, torch.tensor([0, len(draft)]).int())
         tokens = torch.cat([tokens, draft[: int(accepted[0])], bonus])
         cached = len(tokens) - 1  # the bonus token has no K/V yet; rejected slots are overwritten

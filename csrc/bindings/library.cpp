@@ -22,8 +22,9 @@ TORCH_LIBRARY(stateful_kv, m) {
   m.def("silu_mul(Tensor gate_up) -> Tensor", tags);
   m.def(
       "quantized_linear(Tensor x, Tensor weight, Tensor? scales, Tensor? minimums, Tensor? bias, "
-      "int out_features) -> Tensor",
+      "int out_features, Tensor? residual=None) -> Tensor",
       tags);
+  m.def("argmax(Tensor logits) -> (Tensor ids, Tensor values)", tags);
   m.def(
       "ngram_lookup(Tensor tokens, Tensor offsets, int min_n, int max_n, int max_draft) -> "
       "(Tensor draft_ids, Tensor num_draft)",

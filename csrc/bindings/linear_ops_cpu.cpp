@@ -35,7 +35,8 @@ void check_group_values(const OpCheck& check, const char* name,
 void check_quantized_linear(const OpCheck& check, const at::Tensor& x, const at::Tensor& weight,
                             const std::optional<at::Tensor>& scales,
                             const std::optional<at::Tensor>& minimums,
-                            const std::optional<at::Tensor>& bias, int64_t out_features) {
+                            const std::optional<at::Tensor>& bias, int64_t out_features,
+                            const std::optional<at::Tensor>& residual) {
   check("x", x).dtype({at::kFloat}).shape({{"N"}, {"K"}}).last_dim_contiguous();
   check.value("out_features", out_features >= 0, "a number >= 0", out_features);
   const ArgumentCheck weight_check = check("weight", weight);
@@ -58,6 +59,12 @@ void check_quantized_linear(const OpCheck& check, const at::Tensor& x, const at:
   if (bias.has_value()) {
     check("bias", *bias).dtype({at::kFloat}).shape({{"out_features", out_features}}).contiguous();
   }
+  if (residual.has_value()) {
+    check("residual", *residual)
+        .dtype({at::kFloat})
+        .shape({{"N", x.size(0)}, {"out_features", out_features}})
+        .contiguous();
+  }
 }
 
 const float* data_or_null(const std::optional<at::Tensor>& tensor) {
@@ -67,9 +74,10 @@ const float* data_or_null(const std::optional<at::Tensor>& tensor) {
 at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& scales,
                                 const std::optional<at::Tensor>& minimums,
-                                const std::optional<at::Tensor>& bias, int64_t out_features) {
+                                const std::optional<at::Tensor>& bias, int64_t out_features,
+                                const std::optional<at::Tensor>& residual) {
   const OpCheck check{"quantized_linear", x.device()};
-  check_quantized_linear(check, x, weight, scales, minimums, bias, out_features);
+  check_quantized_linear(check, x, weight, scales, minimums, bias, out_features, residual);
   at::Tensor output = empty_tensor({x.size(0), out_features}, at::kFloat, x);
   const QuantizedLinearParams params{
       .input = x.const_data_ptr<float>(),
@@ -77,6 +85,7 @@ at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
       .scales = data_or_null(scales),
       .minimums = data_or_null(minimums),
       .bias = data_or_null(bias),
+      .residual = data_or_null(residual),
       .output = output.mutable_data_ptr<float>(),
       .format = format_of(weight),
       .num_rows = x.size(0),

@@ -1,8 +1,9 @@
-// CPU kernels of rms_norm and silu_mul: check, fill params, launch.
+// CPU kernels of rms_norm, silu_mul and argmax: check, fill params, launch.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cmath>
+#include <tuple>
 
 #include "csrc/bindings/checks.h"
 #include "csrc/bindings/row_checks.h"
@@ -56,11 +57,31 @@ at::Tensor silu_mul_cpu(const at::Tensor& gate_up) {
   return output;
 }
 
+std::tuple<at::Tensor, at::Tensor> argmax_cpu(const at::Tensor& logits) {
+  const OpCheck check{"argmax", logits.device()};
+  check("logits", logits).dtype({at::kFloat}).shape({{"R"}, {"V"}}).last_dim_contiguous();
+  check.value("logits", logits.size(1) > 0, "V >= 1", logits);
+
+  at::Tensor ids = empty_tensor({logits.size(0)}, at::kLong, logits);
+  at::Tensor values = empty_tensor({logits.size(0)}, at::kFloat, logits);
+  const ArgmaxParams params{
+      .logits = logits.const_data_ptr<float>(),
+      .ids = ids.mutable_data_ptr<int64_t>(),
+      .values = values.mutable_data_ptr<float>(),
+      .num_rows = logits.size(0),
+      .vocab_size = logits.size(1),
+      .row_stride = logits.stride(0),
+  };
+  cpu::kernels().argmax(params, torch_parallel_for);
+  return {ids, values};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(stateful_kv, CPU, m) {
   m.impl("rms_norm", TORCH_FN(rms_norm_cpu));
   m.impl("silu_mul", TORCH_FN(silu_mul_cpu));
+  m.impl("argmax", TORCH_FN(argmax_cpu));
 }
 
 }  // namespace skv::bindings

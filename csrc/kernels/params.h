@@ -46,6 +46,7 @@ struct QuantizedLinearParams {
   const float* scales;    // [Np, K/32, 16], null for fp32
   const float* minimums;  // [Np, K/32, 16], 4-bit only
   const float* bias;      // [out], or null
+  const float* residual;  // [N, out], contiguous, or null; added last
   float* output;          // [N, out], contiguous
   WeightFormat format;
   int64_t num_rows;          // N

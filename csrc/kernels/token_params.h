@@ -32,6 +32,15 @@ struct SiluMulParams {
   int64_t input_row_stride;  // elements between rows of gate_up
 };
 
+struct ArgmaxParams {
+  const float* logits;  // [R, V], V contiguous, V >= 1
+  int64_t* ids;         // [R], lowest index of the largest value
+  float* values;        // [R], that value; NaN if there is one in the row
+  int64_t num_rows;     // R
+  int64_t vocab_size;   // V
+  int64_t row_stride;   // elements between rows of logits
+};
+
 struct NgramLookupParams {
   const void* tokens;      // [T], int32 or int64
   const int32_t* offsets;  // [S + 1], tokens of sequence s are [offsets[s], offsets[s+1])

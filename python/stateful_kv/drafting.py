@@ -203,7 +203,7 @@ def verify(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice
 
 def _verify_plain_greedy(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
     """The fast path: one pass over all rows finds each row's token (lowest id of equals)."""
-    values, ids = logits.max(dim=-1)
+    ids, values = ops.argmax(logits)
     runs = verify_greedy([candidate.draft for candidate in candidates], ids)
     if bool(torch.isfinite(values).all()):
         return [Choice(run, None) for run in runs]

@@ -241,11 +241,12 @@ def quantized_linear(
     minimums: Tensor | None,
     bias: Tensor | None,
     out_features: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Linear layer with a weight packed in panels of 16 output columns (see quantize.py).
 
     The dtype of the weight tells its format. Every output element is summed over k in ascending
-    order, then the bias is added, so a row has the same bits for any number of rows.
+    order, then bias and residual are added, so a row has the same bits for any number of rows.
 
     Args:
         x: float32[N, K], K contiguous; K is a multiple of 32 unless the weight is float32.
@@ -255,11 +256,14 @@ def quantized_linear(
         minimums: float32[Np, K/32, 16], contiguous, for a uint8 weight; else None.
         bias: float32[out_features], contiguous, or None.
         out_features: columns of the result.
+        residual: float32[N, out_features], contiguous, or None - added to the result.
 
     Returns:
         float32[N, out_features].
     """
-    result: Tensor = _ops.quantized_linear.default(x, weight, scales, minimums, bias, out_features)
+    result: Tensor = _ops.quantized_linear.default(
+        x, weight, scales, minimums, bias, out_features, residual
+    )
     return result
 
 
@@ -271,11 +275,38 @@ def _(
     minimums: Tensor | None,
     bias: Tensor | None,
     out_features: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     _check_devices(
-        "quantized_linear", x.device, weight=weight, scales=scales, minimums=minimums, bias=bias
+        "quantized_linear",
+        x.device,
+        weight=weight,
+        scales=scales,
+        minimums=minimums,
+        bias=bias,
+        residual=residual,
     )
     return x.new_empty(x.shape[0], out_features)
+
+
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy choice: the largest logit of each row, of equals the one with the lowest id.
+
+    Args:
+        logits: float32[R, V], V contiguous, V >= 1.
+
+    Returns:
+        ids: int64[R].
+        values: float32[R], the logits at those ids; NaN where the row has a NaN.
+    """
+    result: tuple[Tensor, Tensor] = _ops.argmax.default(logits)
+    return result
+
+
+@_fake("argmax")
+def _(logits: Tensor) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows)
 
 
 def ngram_lookup(

@@ -67,7 +67,12 @@ def _quantized_linear() -> Arguments:
         "minimums": torch.randn(2, 2, 16),
         "bias": torch.randn(21),
         "out_features": 21,
+        "residual": torch.randn(3, 21),
     }
+
+
+def _argmax() -> Arguments:
+    return {"logits": torch.randn(3, 70)}
 
 
 def _ngram_lookup() -> Arguments:
@@ -107,9 +112,10 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
     "silu_mul": ("(Tensor gate_up) -> Tensor", _silu_mul),
     "quantized_linear": (
         "(Tensor x, Tensor weight, Tensor? scales, Tensor? minimums, Tensor? bias, "
-        "int out_features) -> Tensor",
+        "int out_features, Tensor? residual=None) -> Tensor",
         _quantized_linear,
     ),
+    "argmax": ("(Tensor logits) -> (Tensor ids, Tensor values)", _argmax),
     "ngram_lookup": (
         "(Tensor tokens, Tensor offsets, int min_n, int max_n, int max_draft) -> "
         "(Tensor draft_ids, Tensor num_draft)",

@@ -224,6 +224,16 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
         },
         "bias": {"dtype": dtype(F64), "rank": deeper, "stride": spread, "size": resize(0, 1)},
         "out_features": {"negative": to(-1)},
+        "residual": {
+            "dtype": dtype(F64),
+            "rank": flatter,
+            "stride": spread,
+            "rows": resize(0, 1),
+            "columns": resize(1, 1),
+        },
+    },
+    "argmax": {
+        "logits": {"dtype": dtype(F64), "half": dtype(F16), "rank": flatter, "stride": spread},
     },
     "ngram_lookup": {
         "tokens": {

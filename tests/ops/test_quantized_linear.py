@@ -91,6 +91,18 @@ def test_rows_do_not_see_each_other(
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_residual_is_added_last(device: torch.device, weight_format: str, rows: int) -> None:
+    packed = random_weight(weight_format, 101, 96)
+    parts = [packed.weight, packed.scales, packed.minimums]
+    parts = [None if part is None else part.to(device) for part in parts]
+    x, residual = torch.randn(rows, 96, device=device), torch.randn(rows, 101, device=device)
+    bias = torch.randn(101, device=device)
+    output = ops.quantized_linear(x, *parts, bias, 101, residual)
+    assert_same_bits(output, run(x, packed, bias) + residual)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("rows", [1, 7, 300])
 def test_thread_count_does_not_matter(
     weight_format: str, rows: int, set_num_threads: Callable[[int], None]

@@ -21,6 +21,7 @@ struct KernelTable {
   // Float32 activations; a row has the same bits in any batch.
   void (*rms_norm)(const RmsNormParams&, ParallelFor);
   void (*silu_mul)(const SiluMulParams&, ParallelFor);
+  void (*argmax)(const ArgmaxParams&, ParallelFor);
 };
 
 }  // namespace skv::cpu

@@ -71,16 +71,22 @@ class Linear:
         """Width of the result."""
         return sum(part.out_features for part in self.parts)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Computes float32[N, out] from float32[N, K]."""
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Computes float32[N, out] from float32[N, K]; adds `residual` of that shape, if any."""
         biases: Sequence[Tensor | None] = (None,) * len(self.parts)
         if self.bias is not None:
             biases = torch.split(self.bias, [part.out_features for part in self.parts])
+        if len(self.parts) == 1:
+            w = self.parts[0]
+            return ops.quantized_linear(
+                x, w.weight, w.scales, w.minimums, biases[0], w.out_features, residual
+            )
         results = [
             ops.quantized_linear(x, w.weight, w.scales, w.minimums, bias, w.out_features)
             for w, bias in zip(self.parts, biases, strict=True)
         ]
-        return results[0] if len(results) == 1 else torch.cat(results, dim=1)
+        joined = torch.cat(results, dim=1)
+        return joined if residual is None else joined.add_(residual)
 
 
 @dataclass(frozen=True)
@@ -173,9 +179,9 @@ class LlamaModel:
                 # After the last KV write only the wanted rows matter, and rows are independent.
                 x = x.index_select(0, batch.logit_rows)
                 attended = attended.index_select(0, batch.logit_rows)
-            x.add_(layer.o(attended))
+            x = layer.o(attended, residual=x)
             hidden = ops.rms_norm(x, layer.ffn_norm, config.rms_norm_eps)
-            x.add_(layer.down(ops.silu_mul(layer.gate_up(hidden))))
+            x = layer.down(ops.silu_mul(layer.gate_up(hidden)), residual=x)
         return self.weights.head(ops.rms_norm(x, self.weights.norm, config.rms_norm_eps))
 
     def _attend(

@@ -13,5 +13,6 @@ void append_kv(const AppendKvParams& params, ParallelFor parallel_for);
 void rope_append_kv(const RopeAppendKvParams& params, ParallelFor parallel_for);
 void rms_norm(const RmsNormParams& params, ParallelFor parallel_for);
 void silu_mul(const SiluMulParams& params, ParallelFor parallel_for);
+void argmax(const ArgmaxParams& params, ParallelFor parallel_for);
 
 }  // namespace skv::cpu::SKV_ISA_NS

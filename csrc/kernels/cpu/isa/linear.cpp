@@ -1,4 +1,5 @@
-// Thin quantised linear layer: y[n, c] = sum over k of x[n, k] * w[k, c] + bias[c].
+// Thin quantised linear layer: y[n, c] = sum over k of x[n, k] * w[k, c] + bias[c] + residual[n,
+// c].
 //
 // The contract (docs/correctness.md): every output element is one chain of fused multiply-adds
 // over k = 0, 1, ..., K-1, starting at 0, with w[k, c] rounded to float32 first. Row count,
@@ -218,12 +219,17 @@ SKV_INLINE void dispatch_rows(int64_t rows, Visit&& visit) {
   visit.template operator()<Rows>();
 }
 
-void add_bias(const QuantizedLinearParams& p, int64_t row_begin, int64_t row_end,
-              int64_t column_begin, int64_t column_end) {
-  if (p.bias == nullptr) return;
-  for (int64_t row = row_begin; row < row_end; ++row) {
+// What comes after the sum, in this order: bias, residual.
+void finish_columns(const QuantizedLinearParams& p, int64_t begin, int64_t end) {
+  for (int64_t row = 0; row < p.num_rows; ++row) {
     float* out = p.output + row * p.out_features;
-    for (int64_t c = column_begin; c < column_end; ++c) out[c] += p.bias[c];
+    if (p.bias != nullptr) {
+      for (int64_t c = begin; c < end; ++c) out[c] += p.bias[c];
+    }
+    if (p.residual != nullptr) {
+      const float* residual = p.residual + row * p.out_features;
+      for (int64_t c = begin; c < end; ++c) out[c] += residual[c];
+    }
   }
 }
 
@@ -352,7 +358,7 @@ void run_panels(const QuantizedLinearParams& p, int64_t begin, int64_t end) {
   } else {
     run_block<Format>(p, begin, end);
   }
-  add_bias(p, 0, p.num_rows, begin * kPanelColumns, std::min(end * kPanelColumns, p.out_features));
+  finish_columns(p, begin * kPanelColumns, std::min(end * kPanelColumns, p.out_features));
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ const KernelTable kTable{
     .rope_append_kv = &rope_append_kv,
     .rms_norm = &rms_norm,
     .silu_mul = &silu_mul,
+    .argmax = &argmax,
 };
 
 }  // namespace skv::cpu::SKV_ISA_NS

@@ -1,0 +1,67 @@
+// The largest value of each row and its lowest index. NaN wins over everything, as in torch.
+#include <cmath>
+#include <limits>
+
+#include "csrc/kernels/cpu/isa/kernels.h"
+#include "csrc/kernels/cpu/isa/simd.h"
+
+namespace skv::cpu::SKV_ISA_NS {
+namespace {
+
+constexpr int64_t kValuesPerThread = 1 << 14;
+constexpr int kChains = 4;  // independent maxima, so that one need not wait for the other
+
+// The maximum if the row has no NaN; else NaN. max(a, b) returns b if either is NaN, so a NaN
+// that is followed by a number would be lost: a sum of x - x is NaN exactly if some x is NaN or
+// infinite, and only then the row is looked at again one by one.
+float largest_value(const float* row, int64_t count) {
+  float largest = -std::numeric_limits<float>::infinity();
+  int64_t i = 0;
+  if (count >= kChains * Vec::kWidth) {
+    Vec top[kChains];
+    Vec sum[kChains];
+    for (int c = 0; c < kChains; ++c) {
+      top[c] = Vec::set1(largest);
+      sum[c] = Vec::zero();
+    }
+    for (; i + kChains * Vec::kWidth <= count; i += kChains * Vec::kWidth) {
+      for (int c = 0; c < kChains; ++c) {
+        const Vec x = Vec::load(row + i + c * Vec::kWidth);
+        top[c] = max(x, top[c]);
+        sum[c] = sum[c] + (x - x);
+      }
+    }
+    largest = reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
+    if (std::isnan(reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])))) {
+      i = 0;
+      largest = -std::numeric_limits<float>::infinity();
+    }
+  }
+  for (; i < count; ++i) {
+    if (std::isnan(row[i])) return row[i];
+    largest = row[i] > largest ? row[i] : largest;
+  }
+  return largest;
+}
+
+int64_t first_index(const float* row, int64_t count, float value) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (row[i] == value || (std::isnan(value) && std::isnan(row[i]))) return i;
+  }
+  return 0;  // not reached: the value is in the row
+}
+
+}  // namespace
+
+void argmax(const ArgmaxParams& params, ParallelFor parallel_for) {
+  const int64_t grain = 1 + kValuesPerThread / params.vocab_size;
+  parallel_for(params.num_rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* row = params.logits + r * params.row_stride;
+      params.values[r] = largest_value(row, params.vocab_size);
+      params.ids[r] = first_index(row, params.vocab_size, params.values[r]);
+    }
+  });
+}
+
+}  // namespace skv::cpu::SKV_ISA_NS
