@@ -162,6 +162,11 @@ def ratio_of(ours: list[float], peer: list[float]) -> dict[str, Any]:
     return {**statistics_of(ratios), "low": low, "high": high, "verdict": verdict(low, high)}
 
 
+# Idle threads of an OpenMP runtime spin for some milliseconds after its last parallel region. Each
+# side waits until those of the other one sleep, or it would be timed on cores that are taken.
+SETTLE_S = 0.03
+
+
 class _Side:
     """One of the two sides of a pair: calls that go round the rotating inputs."""
 
@@ -173,6 +178,9 @@ class _Side:
     def sample(self, calls: int) -> float:
         """Seconds a call, over `calls` calls."""
         call, rotations = self._call, self._trial.rotations
+        if self._trial.calls_per_sample is None:  # else each call has its place in the sample
+            time.sleep(SETTLE_S)
+            call(self._next % rotations)  # wakes this side's own threads
         indices = [(self._next + i) % rotations for i in range(calls)]
         self._next += calls
         start = time.perf_counter()

@@ -203,3 +203,10 @@ def test_planted_bug_another_order_is_caught() -> None:
     for other in (permuted, halves, unfused):
         torch.testing.assert_close(ascending, other, rtol=1e-4, atol=1e-4)
         assert not same_bits(ascending, other)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_no_input_features(rows: int) -> None:
+    bias = torch.randn(20)
+    output = ops.quantized_linear(torch.empty(rows, 0), torch.empty(2, 0, 16), None, None, bias, 20)
+    assert_same_bits(output, bias.expand(rows, 20))

@@ -24,18 +24,23 @@ constexpr int kVecsPerPanel = static_cast<int>(kPanelColumns) / Vec::kWidth;
 constexpr int kMaxTileRows = 12;  // 12 x 2 accumulators + 2 weights + 1 broadcast of 32 registers
 constexpr int kBlockPanels = 2;
 constexpr int thin_panels(int rows) { return rows <= 1 ? 8 : rows <= 5 ? 4 : 2; }
+constexpr int64_t kStripLength = 288;  // most k values of a converted strip: it stays in the L1
+constexpr int64_t kBlockRows = 264;    // rows whose strip of activations stays in the L2 cache
 #elif defined(__AVX2__)
 constexpr int kMaxTileRows = 6;  // 6 x 2 accumulators + 2 weights + 1 broadcast of 16 registers
 constexpr int kBlockPanels = 1;
 constexpr int thin_panels(int rows) { return rows <= 1 ? 4 : rows <= 2 ? 2 : 1; }
+constexpr int64_t kStripLength = 256;  // smaller caches go with this instruction set
+constexpr int64_t kBlockRows = 240;
 #else
 constexpr int kMaxTileRows = 2;  // 2 x 4 accumulators of 16 registers
 constexpr int kBlockPanels = 1;
 constexpr int thin_panels(int rows) { return rows <= 1 ? 2 : 1; }
+constexpr int64_t kStripLength = 256;
+constexpr int64_t kBlockRows = 120;
 #endif
-constexpr int64_t kStripLength = 256;           // k values of one converted strip
-constexpr int64_t kBlockRows = 120;             // rows whose activations stay in the L2 cache
 constexpr int64_t kMinFmasPerThread = 1 << 15;  // less work than this is not worth waking a thread
+constexpr int64_t kPadding = Vec::kWidth;       // floats behind the packed rows
 
 struct Formats {
   struct Float32 {
@@ -283,16 +288,29 @@ struct Tiling {
   int64_t begin(int64_t tile) const { return tile * num_rows / num_tiles; }
 };
 
-// x[row, k] of the block as [tile][k][row in tile], so that a tile reads it in one stream.
+// x[row, k] of the block as [tile][k][row in tile], so that a tile reads it in one stream. Whole
+// vectors are stored: what they write behind a tile is written over by what follows, or is padding.
 void pack_rows(const float* input, int64_t row_stride, const Tiling& tiling, int64_t length,
                float* packed) {
+  static_assert(kMaxTileRows <= Vec::kWidth);
   for (int64_t tile = 0; tile < tiling.num_tiles; ++tile) {
     const int64_t first = tiling.begin(tile);
     const int64_t rows = tiling.begin(tile + 1) - first;
+    const float* from = input + first * row_stride;
     float* to = packed + first * kStripLength;
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* from = input + (first + row) * row_stride;
-      for (int64_t k = 0; k < length; ++k) to[k * rows + row] = from[k];
+    int64_t k = 0;
+    for (; k + Vec::kWidth <= length; k += Vec::kWidth) {
+      Vec block[Vec::kWidth];
+#pragma GCC unroll 16
+      for (int row = 0; row < Vec::kWidth; ++row) {
+        block[row] = row < rows ? Vec::load(from + row * row_stride + k) : Vec::zero();
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < Vec::kWidth; ++i) block[i].store(to + (k + i) * rows);
+    }
+    for (; k < length; ++k) {
+      for (int64_t row = 0; row < rows; ++row) to[k * rows + row] = from[row * row_stride + k];
     }
   }
 }
@@ -330,11 +348,18 @@ void run_block_panels(const QuantizedLinearParams& p, const float* strip, const 
 template <typename Format>
 void run_block(const QuantizedLinearParams& p, int64_t begin, int64_t end) {
   alignas(64) float strip[kBlockPanels * kStripLength * kPanelColumns];
-  alignas(64) float packed[kBlockRows * kStripLength];
-  for (int64_t first = 0; first < p.num_rows; first += kBlockRows) {
-    const Tiling tiling(std::min(kBlockRows, p.num_rows - first));
-    for (int64_t k = 0; k < p.in_features; k += kStripLength) {
-      const int64_t length = std::min(kStripLength, p.in_features - k);
+  alignas(64) float packed[kBlockRows * kStripLength + kPadding];
+  // Strips of about equal length, whole groups each: a short last one would cost as much moving of
+  // accumulators as a long one.
+  const int64_t num_strips = (p.in_features + kStripLength - 1) / kStripLength;
+  const int64_t per_strip = (p.in_features + num_strips - 1) / num_strips;
+  const int64_t strip_length = (per_strip + kGroupSize - 1) / kGroupSize * kGroupSize;
+  const int64_t num_blocks = (p.num_rows + kBlockRows - 1) / kBlockRows;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const int64_t first = block * p.num_rows / num_blocks;
+    const Tiling tiling((block + 1) * p.num_rows / num_blocks - first);
+    for (int64_t k = 0; k < p.in_features; k += strip_length) {
+      const int64_t length = std::min(strip_length, p.in_features - k);
       pack_rows(p.input + first * p.input_row_stride + k, p.input_row_stride, tiling, length,
                 packed);
       for (int64_t panel = begin; panel < end; panel += kBlockPanels) {
@@ -350,15 +375,27 @@ void run_block(const QuantizedLinearParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// Sums over nothing: what the tiles would write if they had a k to walk.
+void clear_columns(const QuantizedLinearParams& p, int64_t begin, int64_t end) {
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    std::memset(p.output + row * p.out_features + begin, 0,
+                static_cast<size_t>(end - begin) * sizeof(float));
+  }
+}
+
 template <typename Format>
 void run_panels(const QuantizedLinearParams& p, int64_t begin, int64_t end) {
-  if (p.num_rows <= kMaxTileRows) {
+  const int64_t column_begin = begin * kPanelColumns;
+  const int64_t column_end = std::min(end * kPanelColumns, p.out_features);
+  if (p.in_features == 0) {
+    clear_columns(p, column_begin, column_end);
+  } else if (p.num_rows <= kMaxTileRows) {
     dispatch_rows(p.num_rows,
                   [&]<int Rows>() { run_thin<Format, Rows, thin_panels(Rows)>(p, begin, end); });
   } else {
     run_block<Format>(p, begin, end);
   }
-  finish_columns(p, begin * kPanelColumns, std::min(end * kPanelColumns, p.out_features));
+  finish_columns(p, column_begin, column_end);
 }
 
 }  // namespace

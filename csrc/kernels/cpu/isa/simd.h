@@ -237,4 +237,68 @@ SKV_INLINE float reduce_max(Vec x) {
   return result;
 }
 
+// Turns kWidth vectors of kWidth floats around: lane j of rows[i] becomes lane i of rows[j].
+#if defined(__AVX512F__)
+SKV_INLINE void transpose(Vec rows[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  __m512 u[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
+    u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  // u[4 * b + c] holds, in its 128-bit part a, column 4 * a + c of rows 4 * b ... 4 * b + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88);
+    const __m512 high01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xDD);
+    const __m512 low23 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+    const __m512 high23 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xDD);
+    rows[c].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
+    rows[4 + c].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    rows[8 + c].v = _mm512_shuffle_f32x4(low01, low23, 0xDD);
+    rows[12 + c].v = _mm512_shuffle_f32x4(high01, high23, 0xDD);
+  }
+}
+#elif defined(__AVX2__)
+SKV_INLINE void transpose(Vec rows[8]) {
+  __m256 t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  __m256 u[8];
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    rows[c].v = _mm256_permute2f128_ps(u[c], u[4 + c], 0x20);
+    rows[4 + c].v = _mm256_permute2f128_ps(u[c], u[4 + c], 0x31);
+  }
+}
+#else
+SKV_INLINE void transpose(Vec rows[4]) {
+  for (int i = 0; i < 4; ++i) {
+    for (int j = i + 1; j < 4; ++j) {
+      const float other = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = other;
+    }
+  }
+}
+#endif
+
 }  // namespace skv::cpu::SKV_ISA_NS
