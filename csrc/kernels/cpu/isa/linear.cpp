@@ -225,8 +225,9 @@ SKV_INLINE void dispatch_rows(int64_t rows, Visit&& visit) {
 }
 
 // What comes after the sum, in this order: bias, residual.
-void finish_columns(const QuantizedLinearParams& p, int64_t begin, int64_t end) {
-  for (int64_t row = 0; row < p.num_rows; ++row) {
+void finish_columns(const QuantizedLinearParams& p, int64_t row_begin, int64_t row_end,
+                    int64_t begin, int64_t end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
     float* out = p.output + row * p.out_features;
     if (p.bias != nullptr) {
       for (int64_t c = begin; c < end; ++c) out[c] += p.bias[c];
@@ -345,79 +346,91 @@ void run_block_panels(const QuantizedLinearParams& p, const float* strip, const 
   }
 }
 
+// Rows [row_begin, row_end), at most kBlockRows, by panels [begin, end).
 template <typename Format>
-void run_block(const QuantizedLinearParams& p, int64_t begin, int64_t end) {
+void run_block(const QuantizedLinearParams& p, int64_t row_begin, int64_t row_end, int64_t begin,
+               int64_t end) {
   alignas(64) float strip[kBlockPanels * kStripLength * kPanelColumns];
   alignas(64) float packed[kBlockRows * kStripLength + kPadding];
+  const Tiling tiling(row_end - row_begin);
   // Strips of about equal length, whole groups each: a short last one would cost as much moving of
   // accumulators as a long one.
   const int64_t num_strips = (p.in_features + kStripLength - 1) / kStripLength;
   const int64_t per_strip = (p.in_features + num_strips - 1) / num_strips;
   const int64_t strip_length = (per_strip + kGroupSize - 1) / kGroupSize * kGroupSize;
-  const int64_t num_blocks = (p.num_rows + kBlockRows - 1) / kBlockRows;
-  for (int64_t block = 0; block < num_blocks; ++block) {
-    const int64_t first = block * p.num_rows / num_blocks;
-    const Tiling tiling((block + 1) * p.num_rows / num_blocks - first);
-    for (int64_t k = 0; k < p.in_features; k += strip_length) {
-      const int64_t length = std::min(strip_length, p.in_features - k);
-      pack_rows(p.input + first * p.input_row_stride + k, p.input_row_stride, tiling, length,
-                packed);
-      for (int64_t panel = begin; panel < end; panel += kBlockPanels) {
-        const int64_t panels = std::min<int64_t>(kBlockPanels, end - panel);
-        decode_strip<Format>(p, panel, panels, k, length, strip);
-        if (panels == kBlockPanels) {
-          run_block_panels<kBlockPanels>(p, strip, packed, tiling, first, panel, k, length);
-        } else {
-          run_block_panels<1>(p, strip, packed, tiling, first, panel, k, length);
-        }
+  for (int64_t k = 0; k < p.in_features; k += strip_length) {
+    const int64_t length = std::min(strip_length, p.in_features - k);
+    pack_rows(p.input + row_begin * p.input_row_stride + k, p.input_row_stride, tiling, length,
+              packed);
+    for (int64_t panel = begin; panel < end; panel += kBlockPanels) {
+      const int64_t panels = std::min<int64_t>(kBlockPanels, end - panel);
+      decode_strip<Format>(p, panel, panels, k, length, strip);
+      if (panels == kBlockPanels) {
+        run_block_panels<kBlockPanels>(p, strip, packed, tiling, row_begin, panel, k, length);
+      } else {
+        run_block_panels<1>(p, strip, packed, tiling, row_begin, panel, k, length);
       }
     }
   }
 }
 
 // Sums over nothing: what the tiles would write if they had a k to walk.
-void clear_columns(const QuantizedLinearParams& p, int64_t begin, int64_t end) {
-  for (int64_t row = 0; row < p.num_rows; ++row) {
+void clear_columns(const QuantizedLinearParams& p, int64_t row_begin, int64_t row_end,
+                   int64_t begin, int64_t end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
     std::memset(p.output + row * p.out_features + begin, 0,
                 static_cast<size_t>(end - begin) * sizeof(float));
   }
 }
 
 template <typename Format>
-void run_panels(const QuantizedLinearParams& p, int64_t begin, int64_t end) {
+void run_panels(const QuantizedLinearParams& p, int64_t row_begin, int64_t row_end, int64_t begin,
+                int64_t end) {
   const int64_t column_begin = begin * kPanelColumns;
   const int64_t column_end = std::min(end * kPanelColumns, p.out_features);
   if (p.in_features == 0) {
-    clear_columns(p, column_begin, column_end);
+    clear_columns(p, row_begin, row_end, column_begin, column_end);
   } else if (p.num_rows <= kMaxTileRows) {
     dispatch_rows(p.num_rows,
                   [&]<int Rows>() { run_thin<Format, Rows, thin_panels(Rows)>(p, begin, end); });
   } else {
-    run_block<Format>(p, begin, end);
+    run_block<Format>(p, row_begin, row_end, begin, end);
   }
-  finish_columns(p, column_begin, column_end);
+  finish_columns(p, row_begin, row_end, column_begin, column_end);
 }
 
 }  // namespace
 
 void quantized_linear(const QuantizedLinearParams& p, ParallelFor parallel_for) {
   if (p.num_rows == 0 || p.out_features == 0) return;
-  // Threads take pairs of panels: a pair is what the wide tiles work on.
+  // The work is a list of pairs of panels (what the wide tiles work on), once for each block of
+  // rows. With many rows a thread so gets blocks of its own and packs no row that another packs.
   const int64_t num_panels = (p.out_features + kPanelColumns - 1) / kPanelColumns;
   const int64_t num_pairs = (num_panels + 1) / 2;
+  const int64_t num_blocks = (p.num_rows + kBlockRows - 1) / kBlockRows;
   const int64_t fmas_per_pair =
-      std::max<int64_t>(1, p.num_rows * p.in_features * 2 * kPanelColumns);
+      std::max<int64_t>(1, p.num_rows / num_blocks * p.in_features * 2 * kPanelColumns);
   const int64_t grain = std::max<int64_t>(1, kMinFmasPerThread / fmas_per_pair);
-  parallel_for(num_pairs, grain, [&](int64_t pair_begin, int64_t pair_end) {
-    const int64_t begin = pair_begin * 2;
-    const int64_t end = std::min(pair_end * 2, num_panels);
-    switch (p.format) {
-      case WeightFormat::kFloat32:
-        return run_panels<Formats::Float32>(p, begin, end);
-      case WeightFormat::kInt8:
-        return run_panels<Formats::Int8>(p, begin, end);
-      case WeightFormat::kInt4:
-        return run_panels<Formats::Int4>(p, begin, end);
+  parallel_for(num_blocks * num_pairs, grain, [&](int64_t first, int64_t last) {
+    while (first < last) {
+      const int64_t block = first / num_pairs;
+      const int64_t next = std::min(last, (block + 1) * num_pairs);
+      const int64_t row_begin = block * p.num_rows / num_blocks;
+      const int64_t row_end = (block + 1) * p.num_rows / num_blocks;
+      const int64_t begin = (first - block * num_pairs) * 2;
+      const int64_t end = std::min((next - block * num_pairs) * 2, num_panels);
+      switch (p.format) {
+        case WeightFormat::kFloat32:
+          run_panels<Formats::Float32>(p, row_begin, row_end, begin, end);
+          break;
+        case WeightFormat::kInt8:
+          run_panels<Formats::Int8>(p, row_begin, row_end, begin, end);
+          break;
+        case WeightFormat::kInt4:
+          run_panels<Formats::Int4>(p, row_begin, row_end, begin, end);
+          break;
+      }
+      first = next;
     }
   });
 }
