@@ -18,8 +18,8 @@ PYTHON_SOURCES = python bench tests scripts examples setup.py
 CTEST = ctest --output-on-failure --no-tests=error --parallel $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpp test-sanitize test-python lint check-format check-lint check-types \
-	check-layers format bench-smoke cuda-check wheel env env-demo clean distclean
+.PHONY: help demo test test-cpp test-sanitize test-tsan test-python lint check-format check-lint check-types \
+	check-layers format bench-smoke cuda-check check-cli wheel env env-demo clean distclean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -39,9 +39,16 @@ test-cpp: env ## C++ unit tests
 test-sanitize: env ## C++ unit tests with AddressSanitizer and UndefinedBehaviorSanitizer
 	scripts/ensure_gtest.sh
 	cmake -S . -B build/cpp-sanitize -G Ninja -DSTATEFUL_KV_TORCH=OFF -DSTATEFUL_KV_TESTS=ON \
-		-DSTATEFUL_KV_CUDA=OFF -DSTATEFUL_KV_SANITIZE=ON -DSTATEFUL_KV_WERROR=$(WERROR)
+		-DSTATEFUL_KV_CUDA=OFF -DSTATEFUL_KV_SANITIZE=address -DSTATEFUL_KV_WERROR=$(WERROR)
 	cmake --build build/cpp-sanitize --parallel $(JOBS)
 	$(CTEST) --test-dir build/cpp-sanitize
+
+test-tsan: env ## the thread pool and the kernels on it with ThreadSanitizer
+	scripts/ensure_gtest.sh
+	cmake -S . -B build/cpp-tsan -G Ninja -DSTATEFUL_KV_TORCH=OFF -DSTATEFUL_KV_TESTS=ON \
+		-DSTATEFUL_KV_CUDA=OFF -DSTATEFUL_KV_SANITIZE=thread -DSTATEFUL_KV_WERROR=$(WERROR)
+	cmake --build build/cpp-tsan --parallel $(JOBS)
+	$(CTEST) --test-dir build/cpp-tsan
 
 test-python: env ## op, binding, property and end-to-end tests
 	python -m pytest $(PYTEST_ARGS)
@@ -74,8 +81,12 @@ bench-smoke: env ## every bench suite on its smallest case
 cuda-check: env ## compile the CUDA sources, if nvcc is there (no GPU needed)
 	scripts/check_cuda.sh
 
-wheel: env ## build a wheel into build/wheel, install it aside and import it
+check-cli: env ## the installed command line on the default model, with state and without
+	scripts/check_cli.sh
+
+wheel: env ## build a wheel, install it aside and import it; also with pip's build isolation
 	scripts/check_wheel.sh
+	scripts/check_isolated_install.sh
 
 env: ## .venv with the package, the weights and all tools
 	@scripts/setup_env.sh dev

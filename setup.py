@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -77,6 +78,9 @@ class CMakeBuild(build_ext):
             f"-DSTATEFUL_KV_VERSION={BASE_VERSION}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
         ]  # fmt: skip
+        if ninja := shutil.which("ninja"):
+            # Said each time: a kept build folder remembers that of an isolated build, now deleted.
+            configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         for option in ("STATEFUL_KV_CUDA", "STATEFUL_KV_CUDA_ARCHS", "STATEFUL_KV_WERROR"):
             if value := os.environ.get(option):
                 configure.append(f"-D{option}={value}")

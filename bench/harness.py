@@ -81,7 +81,7 @@ class Trial:
 
     ours: Call
     work: Work
-    check: Callable[[str], Check]
+    check: Callable[[str], Check]  # given the peer's name, or "" where there is no peer
     peers: dict[str, Call] = field(default_factory=dict)
     rotations: int = 1
     rotation_bytes: int = 0
@@ -233,7 +233,7 @@ def floor_of(work: Work, roof: dict[str, Any]) -> dict[str, Any]:
 
 
 class CheckFailedError(Exception):
-    """Ours and the peer disagree, so a timing would mean nothing."""
+    """Ours and the peer disagree, or ours is wrong, so a timing would mean nothing."""
 
 
 def run_cases(
@@ -249,10 +249,11 @@ def run_cases(
             continue
         trial = case.setup(settings)
         for peer in _chosen_peers(trial, settings):
-            check = trial.check(peer) if peer is not None else Check(True)
+            check = trial.check(peer or "")
             if not check.ok:
+                other = peer or "the rule"
                 raise CheckFailedError(
-                    f"{suite}: {case.name} {case.axes}: ours differs from {peer}: error "
+                    f"{suite}: {case.name} {case.axes}: ours differs from {other}: error "
                     f"{check.max_error:.3g} against {check.tolerance:.3g}, "
                     f"bits equal: {check.bits_equal}"
                 )

@@ -1,7 +1,9 @@
 option(STATEFUL_KV_TORCH "Build the Python extension (needs STATEFUL_KV_TORCH_DIR)" ON)
 option(STATEFUL_KV_TESTS "Build the C++ unit tests" OFF)
-option(STATEFUL_KV_SANITIZE "Build with AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
 option(STATEFUL_KV_WERROR "Treat compiler warnings as errors" OFF)
+set(STATEFUL_KV_SANITIZE OFF CACHE STRING
+  "Sanitizers: OFF, address (AddressSanitizer and UndefinedBehaviorSanitizer; also ON) or thread")
+set_property(CACHE STATEFUL_KV_SANITIZE PROPERTY STRINGS OFF address thread)
 set(STATEFUL_KV_CUDA AUTO CACHE STRING "CUDA kernels: AUTO, ON or OFF")
 set_property(CACHE STATEFUL_KV_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(STATEFUL_KV_CUDA_ARCHS "80;90" CACHE STRING "CUDA architectures to build for")

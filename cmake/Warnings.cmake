@@ -6,8 +6,15 @@ if(STATEFUL_KV_WERROR)
 endif()
 
 add_library(skv_sanitizers INTERFACE)
+if(STATEFUL_KV_SANITIZE STREQUAL "thread")
+  set(skv_sanitize_flags -fsanitize=thread)
+elseif(STATEFUL_KV_SANITIZE MATCHES "^(ON|TRUE|1|address)$")
+  set(skv_sanitize_flags -fsanitize=address,undefined -fno-sanitize-recover=all)
+elseif(STATEFUL_KV_SANITIZE)
+  message(FATAL_ERROR
+    "STATEFUL_KV_SANITIZE: expected OFF, ON, address or thread, got '${STATEFUL_KV_SANITIZE}'")
+endif()
 if(STATEFUL_KV_SANITIZE)
-  target_compile_options(skv_sanitizers INTERFACE
-    -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
-  target_link_options(skv_sanitizers INTERFACE -fsanitize=address,undefined)
+  target_compile_options(skv_sanitizers INTERFACE ${skv_sanitize_flags} -fno-omit-frame-pointer -g)
+  target_link_options(skv_sanitizers INTERFACE ${skv_sanitize_flags})
 endif()

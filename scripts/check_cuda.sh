@@ -8,10 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=$(absolute "${VENV:-.venv}")
 export PATH="$VENV/bin:$PATH"
 
-nvcc=${CUDACXX:-$(command -v nvcc || true)}
-if [ -z "$nvcc" ] && [ -x /usr/local/cuda/bin/nvcc ]; then
-  nvcc=/usr/local/cuda/bin/nvcc
-fi
+nvcc=$(find_nvcc)
 if [ -z "$nvcc" ]; then
   [ "${SKV_REQUIRE_NVCC:-0}" != 1 ] || die "nvcc not found and SKV_REQUIRE_NVCC=1"
   say "CUDA compile check: SKIPPED, nvcc not found (looked at CUDACXX, PATH, /usr/local/cuda/bin)"

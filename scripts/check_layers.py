@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Checks which layer includes or imports which (docs/architecture.md); Python layers: lint-imports.
 
-Core is the C++ standard library. Kernels see four small headers of core and no torch. Bindings are
-the only folder with torch and pybind11. `torch.ops` is touched by ops.py alone, and the references
-of the tests use none of our code.
+Core is the C++ standard library, but for what the thread pool needs of the system. Kernels see four
+small headers of core and no torch. Bindings are the only folder with torch and pybind11.
+`torch.ops` is touched by ops.py alone, and the references of the tests use none of our code.
 """
 
 import re
@@ -16,6 +16,9 @@ CPP_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
 FRAMEWORK = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
 CUDA_TOOLKIT = re.compile(r"^(cuda|cub/|cute/|cutlass/|thrust/|mma\.h|cooperative_groups)")
 CORE_FOR_KERNELS = {"ids.h", "function_ref.h", "parallel_for.h", "assert.h"}
+# Headers of the C++ standard library have no suffix and no folder.
+STANDARD_HEADER = re.compile(r"^[a-z_]+$")
+SYSTEM_HEADERS = {"csrc/core/thread_pool.cpp": {"pthread.h", "immintrin.h"}}
 FOLDERS = ("csrc/core", "csrc/kernels", "csrc/bindings", "tests/cpp")
 
 
@@ -29,6 +32,9 @@ def include_error(folder: str, path: Path, quoted: bool, name: str) -> str | Non
     if CUDA_TOOLKIT.match(name) and not is_cuda_file:
         return "CUDA headers belong to csrc/kernels/cuda and the cuda files of bindings"
     if not quoted:
+        allowed = STANDARD_HEADER.match(name) or name in SYSTEM_HEADERS.get(path.as_posix(), set())
+        if folder == "csrc/core" and not allowed:
+            return "core includes core and the C++ standard library"
         return None
     if ".." in name.split("/"):
         return "include by the path from the repository root"

@@ -14,6 +14,15 @@ absolute() {
   esac
 }
 
+# Prints the path of the CUDA compiler; nothing where there is none.
+find_nvcc() {
+  if [ -n "${CUDACXX:-}" ]; then
+    printf '%s\n' "$CUDACXX"
+  elif ! command -v nvcc && [ -x /usr/local/cuda/bin/nvcc ]; then
+    printf '%s\n' /usr/local/cuda/bin/nvcc
+  fi
+}
+
 # True where the script may install system packages without asking anybody.
 can_apt() { [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; }
 

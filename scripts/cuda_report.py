@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
+BINDINGS = ROOT / "csrc" / "bindings"
 ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)a?'")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
@@ -74,6 +76,23 @@ def compile_source(nvcc: str, source: Path, archs: list[str]) -> list[Kernel]:
     return parse_log(result.stderr)
 
 
+def ops_without_kernel() -> list[str]:
+    """Ops of the schema that no *_cuda.cpp registers."""
+    defined = re.findall(r'm\.def\(\s*"(\w+)\(', (BINDINGS / "library.cpp").read_text())
+    sources = "".join(path.read_text() for path in BINDINGS.glob("*_cuda.cpp"))
+    return sorted(set(defined) - set(re.findall(r'm\.impl\("(\w+)"', sources)))
+
+
+def missing_sentence() -> list[str]:
+    """What the page says about them, in lines."""
+    *names, last = [f"`{name}`" for name in ops_without_kernel()]
+    return textwrap.wrap(
+        f"{', '.join(names)} and {last} have no CUDA kernel: on CUDA tensors they raise torch's "
+        "NotImplementedError, which names the op and the backend.",
+        width=88,
+    )
+
+
 def markdown(kernels: list[tuple[str, Kernel]], nvcc_version: str) -> str:
     """The whole page; one row a kernel, architectures side by side would hide differences."""
     lines = [
@@ -82,8 +101,7 @@ def markdown(kernels: list[tuple[str, Kernel]], nvcc_version: str) -> str:
         f"Compiled with nvcc {nvcc_version}, not yet run on a GPU. Written by",
         "`python scripts/cuda_report.py --output docs/cuda-kernels.md`.",
         "",
-        "`quantized_linear`, `ngram_lookup` and `verify_draft` have no CUDA kernel: on CUDA",
-        "tensors they raise torch's NotImplementedError, which names the op and the backend.",
+        *missing_sentence(),
         "",
         "| source | kernel | sm | registers | spills (bytes) | shared memory (bytes) |",
         "|---|---|---|---|---|---|",

@@ -106,6 +106,10 @@ def test_layers() -> None:
         ("csrc/core/a.h", "#include <torch/library.h>"),
         ("csrc/core/a.cpp", '#include "csrc/kernels/params.h"'),
         ("csrc/core/a.cpp", "#include <cuda_runtime.h>"),
+        ("csrc/core/a.cpp", "#include <pthread.h>"),
+        ("csrc/core/a.h", "#include <sys/mman.h>"),
+        ("csrc/core/thread_pool.h", "#include <immintrin.h>"),
+        ("csrc/core/thread_pool.cpp", "#include <unistd.h>"),
         ("csrc/kernels/cpu/a.cpp", "#  include <ATen/Parallel.h>"),
         ("csrc/kernels/cpu/a.cpp", '#include "csrc/core/radix_tree.h"'),
         ("csrc/kernels/cpu/a.cpp", '#include "../../core/ids.h"'),
@@ -125,6 +129,8 @@ def test_layer_break_is_found(tmp_path: Path, name: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("name", "line"),
     [
+        ("csrc/core/a.h", "#include <string_view>"),
+        ("csrc/core/thread_pool.cpp", "#include <pthread.h>"),
         ("csrc/kernels/cpu/a.cpp", '#include "csrc/core/ids.h"'),
         ("csrc/kernels/cuda/a.cu", "#include <cuda_runtime.h>"),
         ("csrc/bindings/a_cuda.cpp", "#include <c10/cuda/CUDAStream.h>"),

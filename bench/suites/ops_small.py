@@ -173,6 +173,27 @@ def _copy_pages(num_copies: int, settings: Settings) -> Trial:
     )
 
 
+def _argmax(num_rows: int, settings: Settings) -> Trial:
+    inputs, rotation_bytes = _rows(num_rows, shapes.VOCAB, settings)
+
+    def check(_peer: str) -> harness.Check:
+        ids, values = ops.argmax(inputs[0])
+        bits = torch.equal(ops.argmax(inputs[0][-1:])[1], values[-1:])
+        largest = torch.max(inputs[0], dim=-1).values
+        # A tie may go to another index in torch: the value there is what counts.
+        bits = bits and torch.equal(inputs[0].gather(1, ids[:, None])[:, 0], values)
+        return harness.compare(values, largest, 0.0, bits)
+
+    return Trial(
+        ours=lambda i: ops.argmax(inputs[i]),
+        peers={"torch": lambda i: torch.max(inputs[i], dim=-1)},
+        check=check,
+        work=Work(4 * num_rows * shapes.VOCAB),
+        rotations=len(inputs),
+        rotation_bytes=rotation_bytes,
+    )
+
+
 def _ngram_lookup(length: int, settings: Settings) -> Trial:
     copies = shapes.rotations(4 * length, settings.cold_bytes, most=64)
     inputs = [texts.repeating_text(length, seed) for seed in range(copies)]
@@ -225,6 +246,9 @@ def cases(settings: Settings) -> Iterator[Case]:
     ):
         for num_rows in rows:
             yield Case(name, {"N": num_rows}, partial(setup, num_rows))
+    # Decode, verify and a full batch of decodes: a prefill chunk has one row of logits a sequence.
+    for num_rows in (1, 8) if settings.smoke else (1, 8, 32):
+        yield Case("argmax", {"R": num_rows}, partial(_argmax, num_rows))
     for num_copies in (1, 8):
         yield Case("copy_pages", {"pages": num_copies}, partial(_copy_pages, num_copies))
     for length in (256,) if settings.smoke else (1024, 8192):

@@ -116,9 +116,19 @@ def _fork(length: int, _settings: Settings) -> Trial:
             table.release(sequence)
         forks.clear()
 
+    def check(_peer: str) -> Check:
+        pages = table.page_table(parent)
+        last, held = int(pages[-1]), pool.ref_count(int(pages[-1]))
+        fork(0)
+        ok = table.length(forks[0]) == length and torch.equal(table.page_table(forks[0]), pages)
+        ok = ok and pool.ref_count(last) == held + 1
+        ok = ok and table.check_integrity() is None and pool.check_integrity() is None
+        reset()
+        return Check(ok and pool.ref_count(last) == held)
+
     return Trial(
         ours=fork,
-        check=lambda _: Check(True),
+        check=check,
         # Each page of the parent: its id is read and written, its count read and written.
         work=Work(4 * 4 * _num_pages(length)),
         calls_per_sample=64,
@@ -160,9 +170,19 @@ def _index_append(length: int, num_new: int, settings: Settings) -> Trial:
     index = _C.NgramIndex(texts.MIN_N, texts.MAX_N)
     index.append(tokens)
     pieces = [texts.repeating_text(4 * texts.MAX_N, seed)[:num_new] for seed in range(1, 65)]
+
+    def check(_peer: str) -> Check:
+        index.append(pieces[0])
+        whole = torch.cat([tokens, pieces[0]]).numpy()
+        expected = text_scan.propose(whole, texts.MIN_N, texts.MAX_N, texts.DRAFT)
+        ok = index.size() == length + num_new and index.check_integrity() is None
+        ok = ok and index.propose(texts.DRAFT)[0].tolist() == expected.tolist()
+        index.truncate(length)
+        return Check(ok and index.size() == length and index.check_integrity() is None)
+
     return Trial(
         ours=lambda i: index.append(pieces[i]),
-        check=lambda _: Check(True),
+        check=check,
         work=Work(2 * 4 * num_new),
         rotations=len(pieces),
         calls_per_sample=len(pieces),

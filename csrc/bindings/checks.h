@@ -17,6 +17,8 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 namespace skv::bindings {
 
@@ -114,12 +116,21 @@ class ArgumentCheck {
     return *this;
   }
 
-  // The tensor will be written: no two of its elements may share memory.
+  // The tensor will be written: no two of its elements may share memory. Sorted by stride, each
+  // dimension has to step over all that the smaller ones reach; layouts that interleave in a way
+  // that needs more thought than that are refused too.
   const ArgumentCheck& writable() const {
+    std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
     for (int64_t axis = 0; axis < tensor_.dim(); ++axis) {
-      TORCH_CHECK_VALUE(tensor_.size(axis) <= 1 || tensor_.stride(axis) != 0, op_, ": ", name_,
+      if (tensor_.size(axis) > 1) dims.emplace_back(tensor_.stride(axis), tensor_.size(axis));
+    }
+    std::sort(dims.begin(), dims.end());
+    int64_t extent = 1;
+    for (const auto& [stride, size] : dims) {
+      TORCH_CHECK_VALUE(stride >= extent || tensor_.numel() == 0, op_, ": ", name_,
                         ": expected a tensor that can be written in place, got ", describe(tensor_),
                         " with strides ", tensor_.strides());
+      extent += stride * (size - 1);
     }
     return *this;
   }
@@ -182,9 +193,31 @@ class OpCheck {
     }
   }
 
+  // Of two tensors of which one or both are written: no element of `tensor` may lie between the
+  // first and the last one of `other`.
+  void own_memory(const char* name, const at::Tensor& tensor, const char* other_name,
+                  const at::Tensor& other) const {
+    const auto [begin, end] = memory_of(tensor);
+    const auto [other_begin, other_end] = memory_of(other);
+    TORCH_CHECK_VALUE(end <= other_begin || other_end <= begin, op_, ": ", name,
+                      ": expected memory of its own, got ", describe(tensor), " in the memory of ",
+                      other_name);
+  }
+
   const char* op() const { return op_; }
 
  private:
+  // First byte, and one past the last one.
+  static std::pair<uintptr_t, uintptr_t> memory_of(const at::Tensor& tensor) {
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    if (tensor.numel() == 0) return {begin, begin};
+    int64_t last = 0;
+    for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+      last += tensor.stride(axis) * (tensor.size(axis) - 1);
+    }
+    return {begin, begin + static_cast<uintptr_t>(last + 1) * tensor.element_size()};
+  }
+
   const char* op_;
   at::Device device_;
 };

@@ -102,6 +102,15 @@ void bind_radix_tree(py::module_& module) {
       .def("evict", &evict, py::arg("num_pages"))
       .def("evict_all", [](TreeObject& self) { return evict(self, self.pool->core.num_pages()); })
       .def("num_evictable_pages", of_tree<&RadixTree::num_evictable_pages>())
+      .def(
+          "num_blocked_pages",
+          [](TreeObject& self, py::handle kept) {
+            const IntArray ids(kept, "RadixTree.num_blocked_pages: kept");
+            const std::span<const PageId> page_ids = ids.int32();
+            Entry entry(self.busy, self.pool->busy);
+            return self.core.num_blocked_pages(page_ids);
+          },
+          py::arg("kept"))
       .def("num_pinned_pages", of_tree<&RadixTree::num_pinned_pages>())
       .def("num_tree_pages", of_tree<&RadixTree::num_tree_pages>())
       .def("num_nodes", of_tree<&RadixTree::num_nodes>())

@@ -152,6 +152,13 @@ void bind_sequence_table(py::module_& module) {
              Entry entry(self.busy);
              return self.core.num_sequences();
            })
+      .def("sequence_ids",
+           [](TableObject& self) {
+             Entry entry(self.busy);
+             py::list ids;
+             for (const SequenceId id : self.core.sequence_ids()) ids.append(id);
+             return ids;
+           })
       .def("check_integrity", [](TableObject& self) {
         Entry entry(self.busy, self.pool->busy);
         return self.core.check_integrity();

@@ -11,6 +11,10 @@ constexpr uint32_t kMaxReferences = uint32_t{1} << 30;
 
 }  // namespace
 
+// Slots of any legal pool fit, so the product of the two sizes needs no check of its own.
+static_assert(std::numeric_limits<SlotId>::max() / std::numeric_limits<int32_t>::max() >=
+              std::numeric_limits<PageId>::max());
+
 PagePool::PagePool(int64_t num_pages, int64_t page_size) : page_size_(page_size) {
   if (num_pages < 0 || num_pages > std::numeric_limits<PageId>::max()) {
     throw std::invalid_argument("PagePool: num_pages: expected 0..2^31-1, got " +

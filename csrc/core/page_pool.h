@@ -21,8 +21,8 @@ namespace skv {
 
 class PagePool {
  public:
-  // num_pages >= 0, page_size >= 1, num_pages * page_size fits the slot range; else
-  // std::invalid_argument.
+  // 0 <= num_pages < 2^31 and 1 <= page_size < 2^31, so that every slot
+  // (page * page_size + offset) fits SlotId; else std::invalid_argument.
   PagePool(int64_t num_pages, int64_t page_size);
   PagePool(const PagePool&) = delete;
   PagePool& operator=(const PagePool&) = delete;

@@ -96,6 +96,10 @@ class RadixTree {
 
   // Pages that evict_all() would free now. O(tree pages + pool pages).
   int64_t num_evictable_pages() const;
+  // Pages that evict_all() would leave to the tree alone if of all holders outside only those of
+  // `kept` remained: they cover tokens before a kept page or a pin. O(tree pages + pool pages).
+  // std::out_of_range on an unknown page.
+  int64_t num_blocked_pages(std::span<const PageId> kept) const;
   // Distinct pages of pinned nodes. O(tree pages + pool pages).
   int64_t num_pinned_pages() const;
   // Distinct pages held by the tree. O(1).
@@ -166,6 +170,7 @@ class RadixTree {
 
   void hold(std::span<const PageId> pages);
   void drop(std::span<const PageId> pages);
+  int64_t count_evictable(const std::vector<bool>& is_held) const;
   bool is_held_outside(PageId page) const {
     return pool_.ref_count(page) != tree_refs_[static_cast<size_t>(page)];
   }

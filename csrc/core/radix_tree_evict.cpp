@@ -123,7 +123,30 @@ void RadixTree::compact_text(Node& node) {
 }
 
 int64_t RadixTree::num_evictable_pages() const {
-  // The same walk as evict(), on paper.
+  std::vector<bool> is_held(tree_refs_.size());
+  for (size_t page = 0; page < is_held.size(); ++page) {
+    is_held[page] = is_held_outside(static_cast<PageId>(page));
+  }
+  return count_evictable(is_held);
+}
+
+int64_t RadixTree::num_blocked_pages(std::span<const PageId> kept) const {
+  std::vector<bool> is_held(tree_refs_.size(), false);
+  int64_t num_kept = 0;  // distinct kept pages that the tree holds too
+  for (const PageId page : kept) {
+    if (page < 0 || page >= pool_.num_pages()) {
+      throw std::out_of_range("RadixTree.num_blocked_pages: page " + std::to_string(page) +
+                              " is not in the pool");
+    }
+    const auto index = static_cast<size_t>(page);
+    if (!is_held[index] && tree_refs_[index] > 0) ++num_kept;
+    is_held[index] = true;
+  }
+  return num_tree_pages_ - num_kept - count_evictable(is_held);
+}
+
+// The same walk as evict(), on paper.
+int64_t RadixTree::count_evictable(const std::vector<bool>& is_held) const {
   std::vector<int64_t> num_dropped(tree_refs_.size(), 0);
   std::vector<size_t> num_children_gone(nodes_.size(), 0);
   int64_t num_evictable = 0;
@@ -131,7 +154,7 @@ int64_t RadixTree::num_evictable_pages() const {
     const Node& node = at(i);
     if (num_children_gone[static_cast<size_t>(i)] != node.children.size()) continue;
     size_t num_left = node.pages.size();
-    while (num_left > 0 && !is_held_outside(node.pages[num_left - 1])) {
+    while (num_left > 0 && !is_held[static_cast<size_t>(node.pages[num_left - 1])]) {
       const auto page = static_cast<size_t>(node.pages[--num_left]);
       if (++num_dropped[page] == tree_refs_[page]) ++num_evictable;
     }

@@ -218,6 +218,14 @@ void SequenceTable::fill_batch(std::span<const SequenceId> seqs,
   }
 }
 
+std::vector<SequenceId> SequenceTable::sequence_ids() const {
+  std::vector<SequenceId> ids;
+  ids.reserve(sequences_.size());
+  for (const auto& [id, sequence] : sequences_) ids.push_back(id);
+  std::sort(ids.begin(), ids.end());
+  return ids;
+}
+
 std::optional<std::string> SequenceTable::check_integrity() const {
   std::vector<int64_t> counts(static_cast<size_t>(pool_.num_pages()), 0);
   for (const auto& [id, sequence] : sequences_) {

@@ -97,6 +97,8 @@ class SequenceTable {
   }
   int64_t num_pages(SequenceId seq) const { return static_cast<int64_t>(find(seq).pages().size()); }
   std::span<const PageId> page_table(SequenceId seq) const { return find(seq).pages(); }
+  // Ids of all sequences that were not released, ascending.
+  std::vector<SequenceId> sequence_ids() const;
   int64_t num_sequences() const { return static_cast<int64_t>(sequences_.size()); }
 
   // Checks a batch (distinct sequences, 0 <= query_len <= reserved) and returns its shape. O(S).

@@ -28,9 +28,14 @@ void pause() {
 #endif
 }
 
+// Rounding mode, denormals and exception masks; not the sticky flags of exceptions that happened.
 uint32_t get_float_control() {
 #if defined(__x86_64__)
-  return _mm_getcsr() & ~0x3Fu;  // without the sticky exception flags
+  return _mm_getcsr() & ~0x3Fu;
+#elif defined(__aarch64__)
+  uint64_t control;  // the upper half is reserved, the sticky flags are in FPSR
+  asm volatile("mrs %0, fpcr" : "=r"(control));
+  return static_cast<uint32_t>(control);
 #else
   return 0;
 #endif
@@ -38,7 +43,11 @@ uint32_t get_float_control() {
 
 void set_float_control([[maybe_unused]] uint32_t control) {
 #if defined(__x86_64__)
-  if ((_mm_getcsr() & ~0x3Fu) != control) _mm_setcsr(control);
+  if (get_float_control() != control) _mm_setcsr(control);
+#elif defined(__aarch64__)
+  if (get_float_control() != control) {
+    asm volatile("msr fpcr, %0" ::"r"(static_cast<uint64_t>(control)));
+  }
 #endif
 }
 

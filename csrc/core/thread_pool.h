@@ -8,7 +8,8 @@
 //
 // An idle worker spins for a moment, since the next kernel usually follows within microseconds,
 // and then sleeps. Workers run with the caller's floating-point control word, so rounding and
-// denormals are the same on every thread. After fork() the child makes a pool of its own.
+// denormals are the same on every thread (x86-64 and AArch64; elsewhere workers keep the default).
+// After fork() the child makes a pool of its own.
 #pragma once
 
 #include <atomic>

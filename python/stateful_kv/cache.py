@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import os
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
 from stateful_kv import ops
 from stateful_kv._native import _C, check_device
 from stateful_kv.batch import BatchPages
-from stateful_kv.errors import OutOfPagesError
+from stateful_kv.errors import InvalidRequestError, OutOfPagesError
 from stateful_kv.ledger import TokenArray
 
 DTYPES = {
@@ -33,8 +35,10 @@ class KVCache:
         v: [num_layers, P, Hk, B, D], values.
         page_size: tokens a page holds (B).
         num_pages: pages of the pool (P).
-        relieve: called when eviction does not free enough; releases pages of something idle and
-            returns True, or returns False when there is nothing left to release.
+        relieve: called when eviction does not free enough; releases a sequence of something idle
+            and returns True, or returns False when there is nothing left to release.
+        holders: returns the sequences that `relieve` keeps and those that it may release; without
+            it nothing counts as releasable.
     """
 
     def __init__(
@@ -48,12 +52,11 @@ class KVCache:
         device: str = "cpu",
     ) -> None:
         shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
-        pool_device = check_device(device)
-        self.k = torch.zeros(shape, dtype=dtype, device=pool_device)
-        self.v = torch.zeros(shape, dtype=dtype, device=pool_device)
+        self.k, self.v = _make_pools(shape, dtype, check_device(device))
         self.page_size = page_size
         self.num_pages = num_pages
         self.relieve: Callable[[], bool] | None = None
+        self.holders: Callable[[], tuple[list[int], list[int]]] | None = None
         self._pool = _C.PagePool(num_pages, page_size)
         self._table = _C.SequenceTable(self._pool)
         self._tree = _C.RadixTree(self._pool)
@@ -98,24 +101,56 @@ class KVCache:
         self._tree.touch(match)
         return sequence_id, match.num_tokens
 
-    def reserve(self, sequence_id: int, num_tokens: int) -> None:
+    def reserve(self, sequence_id: int, num_tokens: int, *, can_relieve: bool = True) -> None:
         """Makes room for `num_tokens` more tokens, evicting cached prefixes where needed.
 
         If the next token goes to a page that is shared, the sequence gets a copy of its own.
 
+        Args:
+            sequence_id: where the tokens go.
+            num_tokens: how many.
+            can_relieve: release idle sequences too if eviction is not enough.
+
         Raises:
-            OutOfPagesError: not even eviction frees enough pages; nothing changed.
+            OutOfPagesError: all that may be given up is not enough; nothing changed.
         """
         copies = self._table.append(sequence_id, num_tokens)
+        if copies is None:
+            self.check_room(sequence_id, num_tokens, can_relieve=can_relieve)
         while copies is None:
             wanted = self._table.pages_needed(sequence_id, num_tokens)
             short = max(1, wanted - self._pool.num_free())
             freed = self._tree.evict(short)
-            if freed < short and not (self.relieve is not None and self.relieve()):
+            if freed < short and not (can_relieve and self.relieve is not None and self.relieve()):
                 raise self._out_of_pages(wanted)
             copies = self._table.append(sequence_id, num_tokens)
         if copies.shape[0]:
             ops.copy_pages(copies, self.k, self.v)
+
+    def check_room(self, sequence_id: int, num_tokens: int, *, can_relieve: bool = True) -> None:
+        """Raises OutOfPagesError if `reserve` could not make room; changes nothing either way."""
+        wanted = self._table.pages_needed(sequence_id, num_tokens)
+        free = self._pool.num_free()
+        if wanted <= free or wanted <= free + self._tree.num_evictable_pages():
+            return
+        if not can_relieve or self.relieve is None or self.holders is None:
+            raise self._out_of_pages(wanted)
+        kept, idle = self.holders()
+        tables = [self._table.page_table(one) for one in {sequence_id, *kept}]
+        pages = torch.unique(torch.cat(tables))
+        room = self.num_pages - pages.numel() - self._tree.num_blocked_pages(pages)
+        # A copy of the tail is not needed once the only others that share it are released.
+        if wanted - self._is_tail_shared_with_idle_only(sequence_id, idle) > room:
+            raise self._out_of_pages(wanted)
+
+    def _is_tail_shared_with_idle_only(self, sequence_id: int, idle: Sequence[int]) -> bool:
+        length = self._table.length(sequence_id)
+        if length % self.page_size == 0:
+            return False
+        tail = int(self._table.page_table(sequence_id)[length // self.page_size])
+        num_others = self._pool.ref_count(tail) - 1
+        num_idle = sum(int((self._table.page_table(one) == tail).any()) for one in idle)
+        return 0 < num_others == num_idle
 
     def check_fits(self, num_tokens: int) -> None:
         """Raises OutOfPagesError if a sequence of `num_tokens` can never fit into the pool."""
@@ -143,6 +178,12 @@ class KVCache:
     def fork(self, sequence_id: int) -> int:
         """Returns a new sequence that shares all pages; O(pages)."""
         return self._table.fork(sequence_id)
+
+    def release_others(self, held: Collection[int]) -> None:
+        """Ends the sequences that are not `held`: those an interrupt left without an owner."""
+        for sequence_id in self._table.sequence_ids():
+            if sequence_id not in held:
+                self._table.release(sequence_id)
 
     def release(self, sequence_id: int) -> None:
         """Ends the sequence; pages nobody else holds become free."""
@@ -174,6 +215,28 @@ class KVCache:
             self._table.replace_prefix(sequence_id, canonical)
         return count
 
+    def insert_tail_copy(self, sequence_id: int, tokens: TokenArray) -> None:
+        """Gives the tree a copy of the sequence's partly filled last page, and its full pages.
+
+        The sequence goes on writing into its own page. The copy belongs to the tree alone, so it
+        can be evicted at once; nothing happens where no page is free or evictable for it.
+        """
+        length = self._table.length(sequence_id)
+        tokens = tokens[:length]
+        if length % self.page_size == 0 or self.match_len(tokens) == length:
+            return
+        pages = self._table.page_table(sequence_id)[: length // self.page_size + 1]
+        if self._pool.num_free() == 0:
+            self._tree.evict(1)
+        copy = self._pool.allocate(1)
+        if copy is None:
+            return
+        try:
+            ops.copy_pages(torch.stack([pages[-1:], copy], dim=1), self.k, self.v)
+            self._tree.insert(DEFAULT_ROOT_KEY, tokens, torch.cat([pages[:-1], copy]))
+        finally:
+            self._pool.release(copy)
+
     def evict_all(self) -> int:
         """Empties the tree; returns the number of pages that became free."""
         return self._tree.evict_all()
@@ -191,3 +254,33 @@ class KVCache:
         free, evictable = self._pool.num_free(), self._tree.num_evictable_pages()
         pinned = self.num_pages - free - evictable
         return OutOfPagesError(wanted, free, evictable, pinned)
+
+
+def _make_pools(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocates the key and the value pool; StatefulKVError names their size if that fails."""
+    num_pages, page_size = shape[1], shape[3]
+    num_bytes = 2 * math.prod(shape) * dtype.itemsize
+    size = f"a KV pool of {num_pages} pages of {page_size} tokens ({num_bytes} bytes)"
+    limit = _physical_memory() if device.type == "cpu" else None
+    # Checked first: memory is promised freely, and the process killed when it is written to.
+    if limit is not None and num_bytes > limit:
+        raise InvalidRequestError(
+            f"kv_tokens: expected a KV pool that fits into memory ({limit} bytes), got {size}"
+        )
+    try:
+        return (
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
+        )
+    except (RuntimeError, MemoryError) as error:
+        raise InvalidRequestError(f"kv_tokens: expected less, got {size}: {error}") from error
+
+
+def _physical_memory() -> int | None:
+    """Bytes of memory of this machine; None where that cannot be asked."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from stateful_kv import report
 from stateful_kv._native import build_info
-from stateful_kv.errors import StatefulKVError
+from stateful_kv.errors import InvalidRequestError, StatefulKVError
 from stateful_kv.workflow import (
     ReplayOptions,
     TurnRow,
@@ -71,7 +72,11 @@ def _load_engine(model: str, *, kv_tokens: int, threads: int | None) -> Engine:
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return Engine.load(model, kv_tokens=kv_tokens)
+    try:
+        return Engine.load(model, kv_tokens=kv_tokens)
+    except ValueError as error:
+        # Settings check themselves with ValueError; elsewhere one would be a bug and is not hidden.
+        raise InvalidRequestError(str(error)) from error
 
 
 def _meta(file: WorkflowFile, model: str, options: ReplayOptions) -> dict[str, Any]:
@@ -121,7 +126,7 @@ def run(
             # Opened before the run, so that a bad path is found before minutes are spent.
             json_out.open("a", encoding="utf-8").close()
         console = Console(stderr=to_stdout)
-        with console.status(f"loading {model}"):
+        with console.status(f"loading {escape(model)}"):
             engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads)
         options = ReplayOptions(max_tokens, ignore_eos, stateless, not no_draft)
         try:
@@ -139,7 +144,7 @@ def run(
             sys.stdout.write("\n")
         elif json_out is not None:
             json_out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            console.print(f"[dim]wrote {json_out}")
+            console.print(f"[dim]wrote {escape(str(json_out))}")
 
 
 _COLUMNS = (
@@ -159,7 +164,7 @@ def _replay_shown(
     engine: Engine, file: WorkflowFile, options: ReplayOptions, console: Console
 ) -> list[TurnRow]:
     mode = "without state" if options.stateless else "with state"
-    console.print(f"[bold]{file.name}[/] {mode}, {file.num_turns} turns", highlight=False)
+    console.print(f"[bold]{escape(file.name)}[/] {mode}, {file.num_turns} turns", highlight=False)
     console.print(_line([name for name, _ in _COLUMNS]) + "  text", style="dim", highlight=False)
 
     def show(row: TurnRow) -> None:
@@ -225,7 +230,7 @@ def demo(
         file = load_workflow(workflow)
         output.mkdir(parents=True, exist_ok=True)
         console = Console()
-        with console.status(f"loading {model}"):
+        with console.status(f"loading {escape(model)}"):
             engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads)
         options = ReplayOptions(max_tokens)
         try:

@@ -6,7 +6,7 @@ reported where it was written (with the name of the field) and never reaches the
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ def _require_int(field: str, value: Any, minimum: int) -> None:
 def _require_real(field: str, value: Any, rule: str, low: float, high: float) -> None:
     """Raises ValueError unless `value` is a finite number within [low, high]."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    good = good and math.isfinite(value) and low <= value <= high
+    good = good and low <= value <= high  # false for NaN; exact for integers of any size
     _require(good, field, rule, value)
 
 
@@ -126,10 +126,12 @@ class ModelConfig:
             self.num_kv_heads,
         )
         _require(self.head_dim % 2 == 0, "head_dim", "expected an even number", self.head_dim)
-        _require(self.rms_norm_eps >= 0, "rms_norm_eps", "expected >= 0", self.rms_norm_eps)
+        _require_real("rms_norm_eps", self.rms_norm_eps, "expected 0 <= x <= 1", 0.0, 1.0)
         _require(self.rope_theta > 0, "rope_theta", "expected > 0", self.rope_theta)
         if self.sliding_window is not None:
             _require_int("sliding_window", self.sliding_window, 1)
+            good = self.sliding_window < 2**31
+            _require(good, "sliding_window", "expected less than 2**31", self.sliding_window)
 
 
 @dataclass(frozen=True)
@@ -170,14 +172,17 @@ class SamplingParams:
         """Checks every field; a single string or a list is turned into a tuple."""
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for field, rule in (("stop", "strings"), ("stop_token_ids", "integers")):
+            value = getattr(self, field)
+            good = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+            _require(good, field, f"expected a list of {rule}", value)
+            object.__setattr__(self, field, tuple(value))
         _require_real("temperature", self.temperature, "expected 0 <= x <= 100", 0.0, 100.0)
         _require_int("top_k", self.top_k, 0)
         _require_real("top_p", self.top_p, "expected 0 < x <= 1", 5e-324, 1.0)
         _require_real("min_p", self.min_p, "expected 0 <= x <= 1", 0.0, 1.0)
         _require_real(
-            "repetition_penalty", self.repetition_penalty, "expected 0 < x <= 100", 5e-324, 100.0
+            "repetition_penalty", self.repetition_penalty, "expected 0.01 <= x <= 100", 0.01, 100.0
         )
         for field in ("presence_penalty", "frequency_penalty"):
             _require_real(field, getattr(self, field), "expected -100 <= x <= 100", -100.0, 100.0)

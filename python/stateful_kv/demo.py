@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -167,8 +168,8 @@ def _introduction(file: WorkflowFile) -> str:
     names = list(dict.fromkeys(a.name for workflow in file.workflows for a in workflow.agents))
     who = f"{len(names)} agents share one engine" if len(names) > 1 else "One agent"
     return (
-        f"\n[bold]{who}[/] ({', '.join(names)}): {file.num_turns} turns, played first with the "
-        "state of every session kept,\nthen with everything forgotten between turns. "
+        f"\n[bold]{who}[/] ({escape(', '.join(names))}): {file.num_turns} turns, played first with "
+        "the state of every session kept,\nthen with everything forgotten between turns. "
         "< is what the agent is told, > is its reply.\n"
     )
 

@@ -167,7 +167,7 @@ class Choice(NamedTuple):
     """Tokens to add to a sequence, and the error that cut them short, if any."""
 
     tokens: list[int]
-    error: BadLogitsError | None
+    error: Exception | None
 
 
 def verify(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
@@ -179,26 +179,46 @@ def verify(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice
             token, then after each draft token.
 
     Returns:
-        For each sequence the agreeing start of its draft and one more token.
+        For each sequence the agreeing start of its draft and one more token, or the error that
+        kept it from having them.
     """
     num_rows = [len(candidate.draft) + 1 for candidate in candidates]
     parts = torch.split(logits, num_rows)
     choices: list[Choice | None] = [
-        None
-        if candidate.sampler.is_plain_greedy
-        else Choice(
-            *candidate.sampler.choose_run(part.numpy(), candidate.draft, candidate.position)
-        )
+        None if candidate.sampler.is_plain_greedy else _choose_sampled(candidate, part)
         for candidate, part in zip(candidates, parts, strict=True)
     ]
     greedy = [index for index, choice in enumerate(choices) if choice is None]
     if greedy:
         all_rows = len(greedy) == len(candidates)
         rows = logits if all_rows else torch.cat([parts[index] for index in greedy])
-        chosen = _verify_plain_greedy([candidates[index] for index in greedy], rows)
+        chosen = _choose_greedy([candidates[index] for index in greedy], rows)
         for index, choice in zip(greedy, chosen, strict=True):
             choices[index] = choice
     return [choice for choice in choices if choice is not None]
+
+
+def _choose_sampled(candidate: Candidate, rows: torch.Tensor) -> Choice:
+    try:
+        run = candidate.sampler.choose_run(rows.numpy(), candidate.draft, candidate.position)
+    except Exception as error:
+        return Choice([], error)
+    return Choice(*run)
+
+
+def _choose_greedy(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
+    """All candidates at once; if that fails, one by one, to find whose fault it is."""
+    try:
+        return _verify_plain_greedy(candidates, logits)
+    except Exception as error:
+        if len(candidates) == 1:
+            return [Choice([], error)]
+    parts = torch.split(logits, [len(candidate.draft) + 1 for candidate in candidates])
+    return [
+        choice
+        for candidate, part in zip(candidates, parts, strict=True)
+        for choice in _choose_greedy([candidate], part)
+    ]
 
 
 def _verify_plain_greedy(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:

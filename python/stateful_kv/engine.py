@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, overload
 
@@ -15,6 +15,7 @@ from stateful_kv.errors import (
     InvariantError,
     SessionBusyError,
     SessionClosedError,
+    require_type,
 )
 from stateful_kv.host import Message, Messages, Tokenizer
 from stateful_kv.ledger import Ledger
@@ -59,6 +60,7 @@ class Engine:
             DTYPES[config.kv_dtype],
         )
         self.cache.relieve = self._suspend_one
+        self.cache.holders = self._holders
         self.vocab_size = shape.vocab_size
         self.context_len = shape.max_position
         self._stepper = Stepper(model, self.cache, Planner(config.max_batch_tokens))
@@ -67,6 +69,7 @@ class Engine:
         self._num_named = 0
         self._is_closed = False
         self._lock = threading.RLock()
+        self._depth = 0  # guards entered
         self._is_stepping = False
 
     @classmethod
@@ -132,13 +135,21 @@ class Engine:
 
         Args:
             name: a label for people; need not be unique.
-            system: system prompt.
+            system: system prompt; an empty one also replaces a default of the chat template.
             tools: descriptions of tools, rendered by the chat template or into the system prompt.
             sampling: how replies are generated unless a turn says otherwise; greedy if None.
             draft: False switches drafts off for this session.
+
+        Raises:
+            InvalidRequestError: an argument of the wrong type.
         """
-        if system is not None and not isinstance(system, str):
-            raise InvalidRequestError(f"system: expected text, got {type(system).__name__}")
+        require_type("name", name, str, "text", optional=True)
+        require_type("system", system, str, "text", optional=True)
+        require_type("sampling", sampling, SamplingParams, "SamplingParams", optional=True)
+        require_type("draft", draft, bool, "a bool", optional=True)
+        require_type("tools", tools, (list, tuple), "a list of dicts", optional=True)
+        for index, tool in enumerate(tools or ()):
+            require_type(f"tools[{index}]", tool, Mapping, "a dict")
         with self.guard():
             self._num_named += 1
             drafting = self.config.draft if draft is None else draft
@@ -189,7 +200,17 @@ class Engine:
             return_exceptions: put the exception of a failed turn into the list; else the first
                 one is raised when all turns have ended. `Session.last_reply` has the others.
             **sampling: fields of SamplingParams for these turns.
+
+        Raises:
+            InvalidRequestError: `items` are no such pairs, or a session occurs twice.
         """
+        require_type("items", items, (list, tuple), "a list of (session, message) pairs")
+        for index, item in enumerate(items):
+            is_pair = isinstance(item, (list, tuple)) and len(item) == 2
+            if not is_pair or not isinstance(item[0], Session):
+                raise InvalidRequestError(
+                    f"items[{index}]: expected a (session, message) pair, got {item!r}"
+                )
         with self.guard():
             sessions = [session for session, _ in items]
             if len({id(session) for session in sessions}) < len(sessions):
@@ -270,12 +291,20 @@ class Engine:
         if not self._lock.acquire(blocking=False):
             raise SessionBusyError("the engine is busy in another thread")
         try:
+            self._depth += 1
             if self._is_stepping:
                 raise SessionBusyError("the engine is in the middle of a step")
             if self._is_closed:
                 raise SessionClosedError("the engine is closed")
+            if self._depth == 1:
+                self.settle()
             yield
+        except BaseException as error:
+            if self._depth == 1 and not isinstance(error, Exception):
+                self._recover(error)
+            raise
         finally:
+            self._depth -= 1
             self._lock.release()
 
     def register(self, state: SessionState) -> None:
@@ -345,6 +374,30 @@ class Engine:
             return False
         min(idle, key=lambda state: state.last_used).drop_kv()
         return True
+
+    def _recover(self, error: BaseException) -> None:
+        """After an interrupt, which can come between any two operations, makes state whole again.
+
+        Turns that nobody drives or reads end; sequences that no session got to hold are released.
+        """
+        self._is_stepping = False
+        for state in self._sessions.values():
+            if state.turn is not None and not state.turn.has_reader:
+                state.turn.abandon(error)
+        self._prune()
+        states = self._sessions.values()
+        self.cache.release_others(
+            {one.sequence_id for one in states if one.sequence_id is not None}
+        )
+
+    def _holders(self) -> tuple[list[int], list[int]]:
+        """The sequences of running turns, and those that `_suspend_one` may drop."""
+        kept: list[int] = []
+        idle: list[int] = []
+        for state in self._sessions.values():
+            if state.sequence_id is not None:
+                (idle if state.turn is None else kept).append(state.sequence_id)
+        return kept, idle
 
     def _prune(self) -> None:
         self._turns = [turn for turn in self._turns if turn.reply is None and turn.error is None]

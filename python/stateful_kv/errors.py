@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class StatefulKVError(Exception):
     """Base of the exceptions below: what the engine refuses, with the state left as it was."""
@@ -41,6 +43,14 @@ class SessionBusyError(StatefulKVError):
 
 class InvalidRequestError(StatefulKVError, ValueError):
     """The request cannot be served as written: empty messages, unknown roles, bad token ids."""
+
+
+def require_type(
+    field: str, value: Any, types: type | tuple[type, ...], expected: str, *, optional: bool = False
+) -> None:
+    """Raises InvalidRequestError naming `field` unless `value` is of one of `types`."""
+    if not (optional and value is None) and not isinstance(value, types):
+        raise InvalidRequestError(f"{field}: expected {expected}, got {value!r}")
 
 
 class ContextLengthError(StatefulKVError, ValueError):

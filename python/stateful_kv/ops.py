@@ -51,7 +51,7 @@ def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_pool: Tensor, v_pool: Tenso
         v: dtype of k [N, Hk, D], D contiguous - new values.
         slots: int64[N], contiguous - where each row goes, -1 = the row is skipped.
         k_pool: float32|float16|bfloat16 [P, Hk, B, D], contiguous - written in place.
-        v_pool: dtype and shape of k_pool, contiguous - written in place.
+        v_pool: dtype and shape of k_pool, contiguous, memory of its own - written in place.
     """
     _ops.append_kv.default(k, v, slots, k_pool, v_pool)
 
@@ -67,7 +67,7 @@ def copy_pages(page_copies: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
     Args:
         page_copies: int32[C, 2], contiguous - (from, to) page ids, taking effect in order.
         k_pool: [P, Hk, B, D] or [num_layers, P, Hk, B, D], contiguous - written in place.
-        v_pool: dtype and shape of k_pool, contiguous - written in place.
+        v_pool: dtype and shape of k_pool, contiguous, memory of its own - written in place.
     """
     _ops.copy_pages.default(page_copies, k_pool, v_pool)
 
@@ -187,7 +187,7 @@ def rope_append_kv(
         cos_sin: float32[max_pos, D], contiguous - D/2 cosines, then D/2 sines.
         slots: int64[N], contiguous - where each row goes, -1 = nothing is written for the row.
         k_pool: float32|float16|bfloat16 [P, Hk, B, D], contiguous - written in place.
-        v_pool: dtype and shape of k_pool, contiguous - written in place.
+        v_pool: dtype and shape of k_pool, contiguous, memory of its own - written in place.
     """
     _ops.rope_append_kv.default(q, k, v, positions, cos_sin, slots, k_pool, v_pool)
 

@@ -15,6 +15,7 @@ from stateful_kv.errors import (
     InvalidRequestError,
     SessionBusyError,
     SessionClosedError,
+    require_type,
 )
 from stateful_kv.host import Message, Messages, SessionHost, Tokenizer
 from stateful_kv.ledger import TokenArray, TurnRecord
@@ -134,6 +135,7 @@ class Session:
 
     def fork(self, name: str | None = None) -> Session:
         """Returns an independent session with the same past; shares KV, copies none."""
+        require_type("name", name, str, "text", optional=True)
         with self._host.guard():
             state = self._require_idle()
             sequence_id = state.sequence_id
@@ -289,15 +291,18 @@ class Session:
 class TurnStream(Iterator[str]):
     """Iterator over the text of a running turn; see `Session.stream`."""
 
+    _turn: Turn | None = None  # so that one whose making was interrupted can be dropped
+
     def __init__(self, host: SessionHost, session: Session, turn: Turn) -> None:
         self._host = host
         self._session = session
-        self._turn = turn
         self._is_collected = False
+        self._turn = turn
+        turn.has_reader = True
 
     def __next__(self) -> str:
         turn = self._turn
-        if self._is_collected:
+        if turn is None or self._is_collected:
             raise StopIteration
         with self._host.guard():
             try:
@@ -331,6 +336,8 @@ class TurnStream(Iterator[str]):
     def close(self) -> None:
         """Ends the turn early if it still runs. Idempotent; safe to call at any time."""
         turn = self._turn
+        if turn is None:
+            return
         turn.cancel_requested = True
         self._host.settle()
         if not self._is_collected and turn.reply is not None:

@@ -67,8 +67,9 @@ class Stepper:
             except Exception as error:
                 turn.fail(error)
         rows = self._reserve(self._planner.plan(running))
+        forward_began_at = time.perf_counter()
         passes = self._forward(rows) if rows else []
-        forward_s = sum(one.seconds for one in passes)
+        forward_s = time.perf_counter() - forward_began_at  # attempts that failed included
         for one in passes:
             for row, choice in zip(one.rows, _verify(one), strict=True):
                 self._commit(row, choice)
@@ -78,13 +79,22 @@ class Stepper:
                 self._end_row(row, one.seconds, host_s)
 
     def _reserve(self, rows: Sequence[RowPlan]) -> list[RowPlan]:
-        """Makes room for each row; where there is none, first its draft goes, then its turn."""
+        """Makes room for each row; where there is none, first its draft goes, then its turn.
+
+        A draft is a guess, so it takes no KV from idle sessions. A prompt that is computed in
+        several steps must fit as a whole beside the running turns, so that one that cannot end
+        takes nothing either; a reply takes a page at a time, since it may end at any token.
+        """
         ready: list[RowPlan] = []
         for row in rows:
             row.turn.state.last_used = self.num_steps
             try:
+                if row.num_prompt_rows:
+                    num_left = row.turn.prompt_len - row.start_position
+                    self._cache.check_room(row.sequence_id, num_left)
                 try:
-                    self._cache.reserve(row.sequence_id, len(row.feed_ids))
+                    num_rows = len(row.feed_ids)
+                    self._cache.reserve(row.sequence_id, num_rows, can_relieve=not row.draft)
                 except OutOfPagesError:
                     if not row.draft:
                         raise
@@ -138,6 +148,8 @@ class Stepper:
                 state.store()
                 if row.num_logit_rows:
                     turn.phase = TurnPhase.DECODING
+            if row.num_logit_rows and turn.has_just_started_session:
+                state.share_tail()
         except Exception as error:
             turn.fail(error)
         except BaseException as error:
@@ -175,5 +187,8 @@ def _verify(one: _Pass) -> list[Choice]:
         )
         for row in asking
     ]
-    chosen = iter(verify(candidates, one.logits) if candidates else [])
+    try:
+        chosen = iter(verify(candidates, one.logits) if candidates else [])
+    except Exception as error:  # the logits as a whole are not what was asked for
+        chosen = iter([Choice([], error) for _ in candidates])
     return [next(chosen) if row.num_logit_rows else Choice([], None) for row in one.rows]

@@ -25,6 +25,10 @@ from stateful_kv.errors import InvalidRequestError, ModelLoadError
 TokenIds = NDArray[np.int32]
 Message = Mapping[str, Any]
 
+ROLES = ("system", "user", "assistant", "tool")
+# A system prompt may be empty to replace a default one, and a tool may have nothing to say.
+_NEVER_EMPTY = ("user", "assistant")
+
 # Private-use characters: borders of a placeholder, and the reply of the made-up conversation.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _SENTINEL = "\ue002reply\ue002"
@@ -314,8 +318,11 @@ def _check_messages(messages: Sequence[Message], render_tool_calls: bool) -> lis
         where = f"messages[{index}]"
         if not isinstance(message, Mapping):
             raise InvalidRequestError(f"{where}: expected a dict, got {type(message).__name__}")
-        if not isinstance(message.get("role"), str) or not message["role"]:
-            raise InvalidRequestError(f"{where}: role: expected a non-empty string")
+        role = message.get("role")
+        if role not in ROLES:
+            raise InvalidRequestError(
+                f"{where}: role: expected one of {', '.join(ROLES)}, got {role!r}"
+            )
         copy = dict(message)
         copy["content"] = _content_text(message.get("content"), where)
         if message.get("tool_calls") and render_tool_calls:
@@ -323,6 +330,11 @@ def _check_messages(messages: Sequence[Message], render_tool_calls: bool) -> lis
             copy["content"] = "\n".join([*lines, *_json_lines(message["tool_calls"])])
         elif "content" not in message and not message.get("tool_calls"):
             raise InvalidRequestError(f"{where}: content: missing")
+        elif not copy["content"] and not message.get("tool_calls") and role in _NEVER_EMPTY:
+            raise InvalidRequestError(
+                f"{where}: content: expected text that is not empty for role {role!r}, "
+                f"got {message['content']!r}"
+            )
         checked.append(copy)
     return checked
 

@@ -12,7 +12,7 @@ from typing import Any
 from stateful_kv.cache import KVCache
 from stateful_kv.config import SamplingParams
 from stateful_kv.drafting import Drafter
-from stateful_kv.errors import InvariantError
+from stateful_kv.errors import InvariantError, OutOfPagesError
 from stateful_kv.ledger import Ledger, TokenArray
 from stateful_kv.receipts import (
     FINISH_CANCELLED,
@@ -68,11 +68,19 @@ class SessionState:
     def bind(self) -> None:
         """Makes sure there is a sequence: its own, or a new one on the longest cached prefix.
 
-        The last token is never taken from the cache, since its logits are wanted.
+        The last token is never taken from the cache, since its logits are wanted. A hit that
+        ends inside a page is cut to whole pages where there is no room for that page and the
+        copy that the next token needs: a few tokens known must not be why a prompt does not fit.
         """
         if self.sequence_id is None:
-            self.sequence_id, _ = self.cache.match_and_adopt(self.ledger.tokens[:-1])
+            self.sequence_id, length = self.cache.match_and_adopt(self.ledger.tokens[:-1])
             self.num_stored = 0
+            if length % self.cache.page_size:
+                try:
+                    self.cache.check_room(self.sequence_id, len(self.ledger) - length)
+                except OutOfPagesError:
+                    whole_pages = length - length % self.cache.page_size
+                    self.cache.truncate(self.sequence_id, whole_pages)
 
     def store(self, *, with_partial_page: bool = False) -> None:
         """Gives finished pages to the prefix tree; does nothing if it already has them."""
@@ -85,6 +93,11 @@ class SessionState:
             self.num_stored = self.cache.insert(
                 self.sequence_id, self.ledger.tokens, with_partial_page=with_partial_page
             )
+
+    def share_tail(self) -> None:
+        """Makes the tokens behind the last full page matchable too; costs a copy of one page."""
+        if self.sequence_id is not None:
+            self.cache.insert_tail_copy(self.sequence_id, self.ledger.tokens)
 
     def drop_kv(self) -> None:
         """Releases the sequence; the ledger stays and the next turn rebuilds what it needs."""
@@ -153,6 +166,7 @@ class Turn:
     num_shown: int = 0
     finish_reason: str = ""
     is_streamed: bool = False
+    has_reader: bool = False
     cancel_requested: bool = False
     waits_for: tuple[Turn, int] | None = None
     reply: Reply | None = None
@@ -195,6 +209,11 @@ class Turn:
     def prompt_len(self) -> int:
         """Tokens before the reply."""
         return self.receipt.prompt_tokens
+
+    @property
+    def has_just_started_session(self) -> bool:
+        """True when exactly the first prompt of a session has KV."""
+        return self.start.length == 0 and self.state.committed_len == self.prompt_len
 
     @property
     def num_left(self) -> int:
@@ -287,6 +306,16 @@ class Turn:
         if self.reply is not None or self.error is not None:
             return
         self.error = error
+        self._roll_back()
+
+    def abandon(self, error: BaseException) -> None:
+        """Like `fail`, for a turn that was interrupted anywhere, in its own end too."""
+        if self.reply is None:
+            self.error = self.error or error
+            self._roll_back()
+        self.state.turn = None
+
+    def _roll_back(self) -> None:
         self.phase = TurnPhase.FINISHED
         self.unread.clear()
         self.state.truncate(self.start.length)

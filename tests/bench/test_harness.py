@@ -102,6 +102,12 @@ def test_failed_check_stops_before_timing():
         _run(trial)
 
 
+def test_a_case_without_a_peer_is_checked_too():
+    trial = Trial(ours=lambda _: None, check=lambda peer: Check(peer != ""), work=Work(1))
+    with pytest.raises(harness.CheckFailedError, match="ours differs from the rule"):
+        _run(trial)
+
+
 def test_peers_are_chosen():
     trial = Trial(
         ours=lambda _: None,

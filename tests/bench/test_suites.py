@@ -7,10 +7,14 @@ import json
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench import __main__ as command
+from bench import harness
+from bench.suites import state
+from stateful_kv import _C
 
 TOP_KEYS = {
     "schema",
@@ -37,6 +41,7 @@ OPS = {
     "silu_mul",
     "rope_append_kv",
     "append_kv",
+    "argmax",
     "copy_pages",
     "ngram_lookup",
     "verify_draft",
@@ -84,6 +89,34 @@ def test_state(tmp_path):
     document = _run("state", tmp_path)
     names = {result["name"] for result in document["results"]}
     assert names == {"match", "insert", "fork", "propose", "ngram_append"}
+
+
+@pytest.mark.parametrize(
+    ("case", "class_name", "method"),
+    [("fork", "SequenceTable", "fork"), ("ngram_append", "NgramIndex", "append")],
+)
+def test_state_cases_notice_a_broken_object(case, class_name, method, monkeypatch):
+    class Broken:
+        """The real object, but one method forgets its work."""
+
+        def __init__(self, *args):
+            self.real = getattr(_C, class_name)(*args)
+            self.calls = 0
+
+        def __getattr__(self, name):
+            if name != method:
+                return getattr(self.real, name)
+            self.calls += 1
+            if method == "fork":
+                return lambda seq: self.real.create()  # not one page of the parent
+            # The text of the set-up is indexed, what the check appends is not.
+            return self.real.append if self.calls == 1 else lambda tokens: None
+
+    fake = SimpleNamespace(**{**vars(_C), class_name: Broken})
+    monkeypatch.setattr(state, "_C", fake)
+    settings = harness.Settings(smoke=True, only=case)
+    with pytest.raises(harness.CheckFailedError, match=case):
+        state.run(settings, {}, lambda result: None)
 
 
 @pytest.mark.slow

@@ -9,8 +9,11 @@ from html.parser import HTMLParser
 import pytest
 
 from stateful_kv import cli
+from stateful_kv.config import EngineConfig
+from stateful_kv.engine import Engine
 from stateful_kv.errors import ModelNotFoundError
 from tests.cli.test_workflow import ROW_FIELDS
+from tests.e2e.tiny import ByteTokenizer, CountingUp
 
 
 @pytest.fixture
@@ -87,6 +90,14 @@ def test_unknown_agent_and_empty_message(engine, invoke, tmp_path, workflow_data
     _assert_one_error_line(invoke("run", path), "turns[0].message: must not be empty")
 
 
+def test_names_are_text_and_no_markup(engine, invoke, workflow_path, workflow_data):
+    workflow_data["name"] = "n [/x] [red]z"
+    workflow_path.write_text(json.dumps(workflow_data))
+    result = invoke("run", workflow_path)
+    assert result.exit_code == 0
+    assert "n [/x] [red]z" in result.stdout
+
+
 def test_missing_file_names_the_shipped_ones(engine, invoke):
     result = invoke("run", "missing.json")
     _assert_one_error_line(result, "missing.json", "no such workflow file", "coding35")
@@ -105,6 +116,23 @@ def test_unwritable_output_is_found_before_the_run(engine, invoke, workflow_path
     _assert_one_error_line(invoke("run", workflow_path, "--json", blocker / "out.json"))
     _assert_one_error_line(invoke("demo", "--output", blocker))
     assert engine.sessions == []
+
+
+def test_a_bad_setting_is_one_line(invoke, monkeypatch, workflow_path):
+    def load(model, **config):
+        return Engine(CountingUp(), ByteTokenizer(), EngineConfig(**config))
+
+    monkeypatch.setattr(Engine, "load", load)
+    size = ("--kv-tokens", 10**13)
+    num_bytes = f"({10**13 * 2 * 2 * 2} bytes)"  # keys and values of 2 halves of 16 bits
+    _assert_one_error_line(invoke("run", workflow_path, *size), "kv_tokens", num_bytes)
+
+    def refuse(model, **config):
+        return EngineConfig(page_size=0)
+
+    monkeypatch.setattr(Engine, "load", refuse)
+    for command in (("run", workflow_path), ("demo", "--workflow", workflow_path)):
+        _assert_one_error_line(invoke(*command), "page_size: expected an integer >= 1, got 0")
 
 
 def test_unknown_model(invoke, monkeypatch, workflow_path):

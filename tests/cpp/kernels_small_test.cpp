@@ -1,5 +1,4 @@
-// The small CPU kernels against scalar loops, on the instruction set of STATEFUL_KV_CPU_ISA (the
-// best one if it is not set).
+// The small CPU kernels against scalar loops.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -12,29 +11,17 @@
 
 #include "csrc/kernels/cpu/copy_pages.h"
 #include "csrc/kernels/cpu/half.h"
-#include "csrc/kernels/cpu/kernel_table.h"
 #include "csrc/kernels/cpu/ngram_lookup.h"
-#include "csrc/kernels/cpu/select_isa.h"
 #include "csrc/kernels/cpu/verify_draft.h"
+#include "tests/cpp/kernel_testing.h"
 
 namespace skv {
 namespace {
 
-const auto kSerial = [](int64_t n, int64_t grain, RangeBody body) {
-  serial_parallel_for(n, grain, body);
-};
-// Every item a range of its own, last first: no result may depend on the cut or the order.
-const auto kBackwards = [](int64_t n, int64_t /*grain*/, RangeBody body) {
-  for (int64_t i = n - 1; i >= 0; --i) body(i, i + 1);
-};
-
-std::vector<float> random_floats(int64_t count, uint32_t seed, float spread = 1.0F) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal(0.0F, spread);
-  std::vector<float> values(static_cast<size_t>(count));
-  for (float& value : values) value = normal(generator);
-  return values;
-}
+using AppendKv = KernelTest;
+using RopeAppendKv = KernelTest;
+using RmsNorm = KernelTest;
+using SiluMul = KernelTest;
 
 // Pools of any dtype, as bytes filled with a pattern that no write leaves behind.
 struct Pool {
@@ -58,7 +45,7 @@ constexpr KvLayout kLayouts[] = {{5, 2, 4, 16}, {3, 1, 1, 48}, {4, 3, 7, 256}, {
 const std::vector<int64_t> kSlots{2, 0, -1, 1, 2};
 const int64_t kNumRows = static_cast<int64_t>(kSlots.size());
 
-TEST(AppendKv, WritesRowsInOrder) {
+TEST_F(AppendKv, WritesRowsInOrder) {
   for (const KvLayout& layout : kLayouts) {
     const int64_t width = layout.num_kv_heads * layout.head_dim;
     const int64_t stride = width + 3;
@@ -85,7 +72,7 @@ TEST(AppendKv, WritesRowsInOrder) {
   }
 }
 
-TEST(AppendKv, KeepsBitsOfThePoolsDtype) {
+TEST_F(AppendKv, KeepsBitsOfThePoolsDtype) {
   const KvLayout layout{2, 1, 4, 16};
   std::vector<uint16_t> rows(static_cast<size_t>(kNumRows * 16));
   for (size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<uint16_t>(0x7C01 + 997 * i);
@@ -111,7 +98,7 @@ TEST(AppendKv, KeepsBitsOfThePoolsDtype) {
   }
 }
 
-TEST(RopeAppendKv, RotatesQueriesAndWritesRotatedKeys) {
+TEST_F(RopeAppendKv, RotatesQueriesAndWritesRotatedKeys) {
   const std::vector<int32_t> positions{3, 0, 1, 8, 8};
   for (const KvLayout& layout : kLayouts) {
     const int64_t head_dim = layout.head_dim;
@@ -194,7 +181,7 @@ TEST(CopyPages, CopiesEveryLayerInOrder) {
   EXPECT_EQ(k, wanted_k);
 }
 
-TEST(RmsNorm, MatchesDoubleAndKeepsBitsInAnyBatch) {
+TEST_F(RmsNorm, MatchesDoubleAndKeepsBitsInAnyBatch) {
   for (int64_t features : {1, 3, 16, 37, 64, 576, 1000}) {
     constexpr int64_t kOuter = 3, kInner = 2;
     const int64_t inner_stride = features + 1;
@@ -224,7 +211,7 @@ TEST(RmsNorm, MatchesDoubleAndKeepsBitsInAnyBatch) {
   }
 }
 
-TEST(SiluMul, MatchesDoubleFarOutToo) {
+TEST_F(SiluMul, MatchesDoubleFarOutToo) {
   for (int64_t features : {1, 7, 16, 45, 128}) {
     auto input = random_floats(2 * 2 * features, 7, 30.0F);
     input[0] = -1e5F;

@@ -76,6 +76,8 @@ TEST(PagePool, RefusesImpossibleSizes) {
   EXPECT_THROW(PagePool(-1, 16), std::invalid_argument);
   EXPECT_THROW(PagePool(int64_t{1} << 31, 16), std::invalid_argument);
   EXPECT_THROW(PagePool(4, 0), std::invalid_argument);
+  EXPECT_THROW(PagePool(4, int64_t{1} << 31), std::invalid_argument);
+  EXPECT_EQ(PagePool(4, (int64_t{1} << 31) - 1).num_free(), 4);
   EXPECT_EQ(PagePool(0, 1).num_free(), 0);
 }
 

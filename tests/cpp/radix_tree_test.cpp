@@ -195,6 +195,29 @@ TEST_F(RadixTreeTest, NeverEvictsWhatIsHeldOutside) {
   expect_clean();
 }
 
+// Both texts share token 0 alone, so the page of the older one stays with the upper half of the
+// split as long as the other text is held.
+TEST_F(RadixTreeTest, CountsWhatHeldPagesBlock) {
+  const Pages older = insert(counting(8));
+  const Pages newer = insert(counting(1) + counting(7, 50));
+  EXPECT_EQ(tree_.num_blocked_pages({}), 0);
+  EXPECT_EQ(tree_.num_blocked_pages(older), 0);
+  EXPECT_EQ(tree_.num_blocked_pages(newer), 1);
+  EXPECT_EQ(tree_.num_blocked_pages(newer + newer), 1);
+  EXPECT_EQ(tree_.num_blocked_pages(older + newer), 0);
+  EXPECT_THROW(tree_.num_blocked_pages(Pages{64}), std::out_of_range);
+  EXPECT_THROW(tree_.num_blocked_pages(Pages{-1}), std::out_of_range);
+  pool_.retain(older);
+  pool_.retain(newer);
+  EXPECT_EQ(tree_.num_blocked_pages(newer), 1) << "as if the others were released";
+  pool_.release(older);
+  EXPECT_EQ(tree_.evict_all(), 1);
+  EXPECT_EQ(tree_.num_blocked_pages(newer), 1);
+  pool_.release(newer);
+  tree_.evict_all();
+  expect_all_owned();
+}
+
 TEST_F(RadixTreeTest, PinProtectsExactlyThePrefix) {
   insert(counting(16));
   const PinId pin = tree_.pin(0, view(counting(6)));

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +24,10 @@ from stateful_kv.errors import (
     SessionClosedError,
     StatefulKVError,
 )
+from stateful_kv.sampling import Sampler
 from stateful_kv.session import Session
 from stateful_kv.stopping import StopRules
+from stateful_kv.turn import SessionState, Turn
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import VOCAB_SIZE, ByteTokenizer, CountingUp, Provenance, Scripted
 
@@ -33,6 +38,16 @@ class BoomError(Exception):
 
 def pages(engine: Engine) -> tuple[int, int]:
     return engine.cache.num_free_pages, engine.cache.num_evictable_pages
+
+
+def _all_kinds_of_calls(engine: Engine, session: Session) -> list[Callable[[], object]]:
+    return [
+        lambda: session.turn("x", max_tokens=3),
+        lambda: session.fork().turn("y", max_tokens=3),
+        lambda: list(session.stream("z", max_tokens=3)),
+        lambda: engine.gather([(session, "v"), (engine.session(), "w")], 3),
+        lambda: session.rewind(1),
+    ]
 
 
 class TestBadInput:
@@ -242,6 +257,57 @@ class TestFaults:
         assert session.num_tokens == 0
         assert other.turn("x", max_tokens=3, **sampling).token_ids == other_reply.token_ids
 
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_an_error_of_one_sampled_row(
+        self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, temperature: float
+    ) -> None:
+        engine = make_engine(CountingUp())
+        good, bad = engine.session(), engine.session()
+        choose_run = Sampler.choose_run
+
+        def fail(sampler: Sampler, *args: Any) -> Any:
+            if sampler.seed == 13:
+                raise BoomError
+            return choose_run(sampler, *args)
+
+        monkeypatch.setattr(Sampler, "choose_run", fail)
+        running = good.stream("g", max_tokens=20, temperature=temperature, seed=3, top_k=1)
+        text = next(running)
+        with pytest.raises(BoomError):
+            bad.turn("b", max_tokens=5, temperature=1.0, seed=13)
+        assert (bad.num_tokens, bad.is_busy) == (0, False)
+        text += "".join(running)
+        assert text == make_engine(CountingUp()).session().turn("g", max_tokens=20).text
+
+    def test_a_model_that_gives_too_few_rows(self, make_engine: MakeEngine) -> None:
+        model = CountingUp()
+        engine = make_engine(model)
+        session = engine.session()
+        session.turn("x", max_tokens=3)
+        tokens = session.token_ids
+        recorder = engine.model
+        forward = recorder.forward
+        recorder.forward = lambda batch, cache: model.forward(batch, cache)[:0]  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="split"):
+            session.turn("x", max_tokens=3)
+        recorder.forward = forward  # type: ignore[method-assign]
+        assert session.token_ids == tokens
+        assert session.turn("x", max_tokens=3).finish_reason == "length"
+
+    def test_a_failed_pass_is_no_host_time(self, make_engine: MakeEngine) -> None:
+        model = CountingUp()
+        engine = make_engine(model, draft=False)
+
+        def before(batch: Any) -> None:
+            if batch.num_sequences > 1:
+                time.sleep(0.2)
+                raise BoomError
+
+        model.before_forward = before
+        replies = engine.gather([(engine.session(), "a"), (engine.session(), "b")], max_tokens=1)
+        assert all(reply.receipt.host_s < 0.1 for reply in replies)
+        assert all(reply.receipt.total_s >= 0.2 for reply in replies)
+
     @pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt])
     @pytest.mark.parametrize(
         ("owner", "name"),
@@ -250,6 +316,9 @@ class TestFaults:
             (KVCache, "batch_pages"),
             (KVCache, "commit"),
             (KVCache, "insert"),
+            (KVCache, "insert_tail_copy"),
+            (Sampler, "choose_run"),
+            (ops, "argmax"),
             (KVCache, "match_and_adopt"),
             (ops, "copy_pages"),
             (Provenance, "next_tokens"),
@@ -287,6 +356,53 @@ class TestFaults:
                 break
             num_failures += 1
         assert num_failures >= 1
+
+    @pytest.mark.parametrize(
+        ("owner", "name"),
+        [
+            (Engine, "submit"),
+            (Engine, "register"),
+            (Engine, "run"),
+            (Session, "open_turn"),
+            (KVCache, "fork"),
+            (KVCache, "match_and_adopt"),
+            (KVCache, "reserve"),
+            (KVCache, "commit"),
+            (Turn, "open"),
+            (Turn, "close_books"),
+            (SessionState, "truncate"),
+        ],
+    )
+    def test_an_interrupt_right_after_any_operation(
+        self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+    ) -> None:
+        """What was made and not yet handed over has no owner; no page or session may be lost."""
+        original = getattr(owner, name)
+        for fatal_call in range(1, 8):
+            engine = make_engine(CountingUp())
+            session = engine.session("a")
+            session.turn("hello", max_tokens=3)
+            calls = 0
+
+            def interrupt(*args: Any, fatal_call: int = fatal_call, **kwargs: Any) -> Any:
+                nonlocal calls
+                result = original(*args, **kwargs)
+                calls += 1
+                if calls == fatal_call:
+                    raise KeyboardInterrupt
+                return result
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, interrupt)
+                for act in _all_kinds_of_calls(engine, session):
+                    with contextlib.suppress(KeyboardInterrupt):
+                        act()
+            gc.collect()
+            assert engine.check_integrity() is None
+            assert not session.is_busy
+            session.turn("again", max_tokens=3)
+            if calls < fatal_call:
+                break
 
     def test_an_interrupt_leaves_other_streams_running(self, make_engine: MakeEngine) -> None:
         model = CountingUp()
@@ -359,6 +475,7 @@ def _story(engine: Engine, error: type[BaseException] | None = None) -> list[lis
     child = parent.fork("child")
     again(lambda: engine.gather([(parent, "p"), (child, "c")], max_tokens=9), parent, child)
     again(lambda: child.turn("more", max_tokens=9), child)
+    again(lambda: child.turn("dice", max_tokens=5, temperature=0.5, seed=7), child)
     tokens = [parent.token_ids, child.token_ids]
     for session in (parent, child):
         again(session.close)

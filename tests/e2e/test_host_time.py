@@ -2,42 +2,74 @@
 
 from __future__ import annotations
 
-import statistics
+from typing import Any
 
 import numpy as np
 import pytest
 
+from stateful_kv.drafting import Drafter
 from stateful_kv.engine import Engine
 from stateful_kv.ledger import Ledger
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import ByteTokenizer, CountingUp
 
 LENGTHS = (1_000, 8_000, 100_000)
-MAX_RATIO = 4.0
-FLOOR_S = 2e-3
+MAX_RATIO = 2.0
+FLOOR_S = 3e-4
+NUM_ATTEMPTS = 4
 
 
 def host_seconds(engine: Engine, length: int) -> float:
-    """Median host time of a short turn behind `length` tokens of history."""
+    """Shortest host time of a short turn behind `length` tokens of history."""
     session = engine.session()
     session.turn("x" * length, max_tokens=1)
     times = []
-    for number in range(15):
+    for number in range(20):
         receipt = session.turn(f"message {number % 10}", max_tokens=8).receipt
         assert receipt.computed_tokens < 20
         times.append(receipt.total_s - receipt.prefill_s - receipt.decode_s)
     session.close()
     engine.clear_cache()
-    return statistics.median(times)
+    return min(times)
 
 
-@pytest.mark.parametrize("draft", [False, True])
-def test_host_time_is_flat(make_engine: MakeEngine, draft: bool) -> None:
-    engine = make_engine(CountingUp(), kv_tokens=1 << 18, page_size=64, draft=draft)
+def is_flat(engine: Engine) -> bool:
+    """Whether turns behind a long history cost the host as little as behind a short one.
+
+    Best of many turns and of a few attempts: what else the machine does only ever adds time.
+    """
     host_seconds(engine, 100)
-    seconds = {length: host_seconds(engine, length) for length in LENGTHS}
-    bound = MAX_RATIO * max(seconds[LENGTHS[0]], FLOOR_S)
-    assert max(seconds.values()) < bound, seconds
+    for _ in range(NUM_ATTEMPTS):
+        seconds = [host_seconds(engine, length) for length in LENGTHS]
+        if max(seconds) <= MAX_RATIO * max(seconds[0], FLOOR_S):
+            return True
+        print(dict(zip(LENGTHS, seconds, strict=True)))
+    return False
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "drafts"])
+def engine(make_engine: MakeEngine, request: pytest.FixtureRequest) -> Engine:
+    return make_engine(CountingUp(), kv_tokens=1 << 18, page_size=64, draft=request.param)
+
+
+def test_host_time_is_flat(engine: Engine) -> None:
+    assert is_flat(engine)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Ledger, "append"), (Drafter, "propose")])
+def test_the_check_notices_a_walk_over_the_history(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    engine = make_engine(CountingUp(), kv_tokens=1 << 18, page_size=64)
+    original = getattr(owner, name)
+
+    def walk(self: Any, *args: Any) -> Any:
+        ledger = self if isinstance(self, Ledger) else args[0]
+        ledger.tokens.tolist()
+        return original(self, *args)
+
+    monkeypatch.setattr(owner, name, walk)
+    assert not is_flat(engine)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -268,6 +268,8 @@ class TestConfig:
             ("top_p", 1.5),
             ("min_p", -0.1),
             ("repetition_penalty", 0.0),
+            ("repetition_penalty", 1e-40),
+            ("temperature", 10**400),
             ("presence_penalty", float("inf")),
             ("frequency_penalty", 1e9),
             ("seed", -1),

@@ -24,6 +24,8 @@ MESSAGES = (
     "Now rename it to plus and show it again.",
 )
 
+FORKED = ("Write a haiku about the sea.", "And one about mountains, please.")
+
 Make = Callable[..., Engine]
 
 
@@ -79,6 +81,8 @@ def test_drafts_forks_rewinds_and_batches_change_nothing(make: Make) -> None:
     alone = plain.session("alone", system=SYSTEM)
     expected = play(alone)
 
+    forked = play(plain.session("forked", system=SYSTEM), (MESSAGES[0], *FORKED))
+
     drafted = make()
     session = drafted.session("drafted", system=SYSTEM)
     assert play(session, MESSAGES[:1]) == expected[: session.num_tokens]
@@ -86,13 +90,35 @@ def test_drafts_forks_rewinds_and_batches_change_nothing(make: Make) -> None:
     play(session, ("Something else entirely.",))
     session.rewind(turn=1)
     accepted = 0
-    for message in MESSAGES[1:]:
-        pairs = [(session, message), (fork, message)]
+    for messages in zip(MESSAGES[1:], FORKED, strict=True):
+        pairs = list(zip((session, fork), messages, strict=True))
         replies = drafted.gather(pairs, max_tokens=24, ignore_eos=True)
         accepted += sum(reply.receipt.accepted_tokens for reply in replies)
-    assert session.token_ids == fork.token_ids == expected
+    assert session.token_ids == expected
+    assert fork.token_ids == forked != expected
     assert accepted > 0
     assert rows_of(plain) <= rows_of(drafted)
+
+
+def test_unrelated_sessions_interleaved(make: Make) -> None:
+    scripts = {
+        "You translate into French.": ("Good morning.", "Where is the station?", "Thank you."),
+        SYSTEM: MESSAGES,
+    }
+    plain, engine = make(draft=False), make()
+    sessions = [engine.session(system=system) for system in scripts]
+    one, other = sessions
+    first, second = scripts.values()
+    play(one, first[:1])
+    stream = other.stream(second[0], max_tokens=24, ignore_eos=True)
+    next(stream)
+    play(one, first[1:2])  # the stream of the other goes on meanwhile
+    assert "".join(stream)
+    play(other, second[1:2])
+    engine.gather([(one, first[2]), (other, second[2])], max_tokens=24, ignore_eos=True)
+    for session, (system, messages) in zip(sessions, scripts.items(), strict=True):
+        assert session.token_ids == play(plain.session(system=system), messages)
+    assert rows_of(plain) <= rows_of(engine)
 
 
 def test_evicted_and_computed_again_equals_kept(make: Make) -> None:
@@ -109,12 +135,20 @@ def test_evicted_and_computed_again_equals_kept(make: Make) -> None:
 
 
 def test_a_second_agent_shares_the_prompt(make: Make) -> None:
-    engine = make(page_size=16)
+    engine = make()
     first, second = engine.session(system=SYSTEM), engine.session(system=SYSTEM)
     play(first, MESSAGES[:1])
     receipt = second.turn("What is 2 + 2?", max_tokens=4).receipt
-    assert receipt.reused_tokens >= 16
+    pairs = zip(first.token_ids, second.token_ids, strict=False)
+    shared = next(index for index, (a, b) in enumerate(pairs) if a != b)
+    assert 16 < shared < engine.config.page_size
+    assert receipt.reused_tokens == shared
     assert receipt.reused_tokens + receipt.computed_tokens == receipt.prompt_tokens
-    fresh = make(page_size=16, draft=False).session(system=SYSTEM)
+    play(first, MESSAGES[1:])
+    plain = make(draft=False)
+    fresh, alone = plain.session(system=SYSTEM), plain.session(system=SYSTEM)
     fresh.turn("What is 2 + 2?", max_tokens=4)
+    plain.clear_cache()
     assert fresh.token_ids == second.token_ids
+    assert play(alone) == first.token_ids
+    assert rows_of(plain) <= rows_of(engine)

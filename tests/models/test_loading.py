@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stateful_kv.config import ModelConfig
 from stateful_kv.errors import ModelLoadError, ModelNotFoundError
 from stateful_kv.models import loading
 from stateful_kv.models.loading import load_model, resolve
+from stateful_kv.models.weights import check_config
 from tests.models import tiny
 from tests.models.test_small_models import save_model, write_gguf
 
@@ -111,6 +114,14 @@ def test_bad_config(changes: dict[str, Any], reason: str, folder: Path) -> None:
     )
     with pytest.raises(ModelLoadError, match=reason):
         load_model(folder)
+
+
+@pytest.mark.parametrize(("head_dim", "most"), [(32, 1 << 22), (128, 1 << 20), (256, 1 << 19)])
+def test_rotary_tables_are_bounded_in_bytes(head_dim: int, most: int) -> None:
+    shape = ModelConfig(64, 64, 64, 1, 1, 1, head_dim, max_position=most)
+    check_config(shape, "here")
+    with pytest.raises(ModelLoadError, match=rf"here: max_position: .*{most} at .*512 MiB"):
+        check_config(replace(shape, max_position=most + 1), "here")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, "\x00"])

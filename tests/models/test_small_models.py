@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from stateful_kv.errors import ModelLoadError
 from stateful_kv.models.loading import LoadedModel, load_model
 from tests.models import tiny
 
@@ -143,7 +147,7 @@ def interleave(w: torch.Tensor, heads: int) -> torch.Tensor:
 
 def write_gguf(path: Path, reference: Any, case: str, drop: tuple[str, ...] = ()) -> None:
     """Writes a transformers model as llama.cpp's converter would, weights as F32 and Q8_0."""
-    config, architecture = reference.config, "qwen2" if case == "qwen2" else "llama"
+    config, architecture = reference.config, case if case.startswith("qwen") else "llama"
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -178,7 +182,10 @@ def write_gguf(path: Path, reference: Any, case: str, drop: tuple[str, ...] = ()
     writer.close()
 
 
-@pytest.mark.parametrize("case", ["llama", "llama-tied", "llama-biases", "llama3-rope", "qwen2"])
+GGUF_CASES = ["llama", "llama-tied", "llama-biases", "llama3-rope", "qwen2", "qwen3"]
+
+
+@pytest.mark.parametrize("case", GGUF_CASES)
 def test_gguf_logits(case: str, tmp_path: Path) -> None:
     reference = save_model(case, tmp_path)
     write_gguf(tmp_path / "model.gguf", reference, case)
@@ -189,3 +196,71 @@ def test_gguf_logits(case: str, tmp_path: Path) -> None:
         loaded.tokenizer.render_start([{"role": "user", "content": "x"}]),
         load_model(tmp_path).tokenizer.render_start([{"role": "user", "content": "x"}]),
     )
+
+
+def drop_tensor(path: Path, name: str) -> None:
+    """Rewrites a safetensors file without one tensor."""
+    tensors = {key: value.clone() for key, value in load_file(path).items()}
+    del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+
+
+HF_NEEDED = [
+    ("qwen2", "self_attn.q_proj.bias"),
+    ("qwen2", "self_attn.k_proj.bias"),
+    ("qwen2", "self_attn.v_proj.bias"),
+    ("llama-biases", "self_attn.k_proj.bias"),
+    ("qwen3", "self_attn.q_norm.weight"),
+    ("qwen3", "self_attn.k_norm.weight"),
+]
+
+
+@pytest.mark.parametrize(("case", "part"), HF_NEEDED)
+def test_hf_folder_without_a_part_of_the_family(case: str, part: str, tmp_path: Path) -> None:
+    save_model(case, tmp_path)
+    name = f"model.layers.1.{part}"
+    drop_tensor(tmp_path / "model.safetensors", name)
+    with pytest.raises(ModelLoadError, match=f"'{re.escape(name)}' is missing"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "flag"),
+    [
+        ("llama-biases", {"attention_bias": False}, "attention_bias"),
+        ("qwen3", {"model_type": "mistral"}, "qk_norm"),
+    ],
+)
+def test_hf_folder_with_tensors_its_config_denies(
+    case: str, changes: dict[str, Any], flag: str, tmp_path: Path
+) -> None:
+    save_model(case, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ModelLoadError, match=f"'layers.0.*the config says {flag} = false"):
+        load_model(tmp_path)
+
+
+GGUF_NEEDED = [
+    ("qwen2", ("attn_q.bias", "attn_k.bias", "attn_v.bias")),
+    ("qwen3", ("attn_q_norm.weight", "attn_k_norm.weight")),
+    ("llama-biases", ("attn_q.bias", "attn_k.bias", "attn_v.bias")),
+]
+
+
+@pytest.mark.parametrize(("case", "parts"), GGUF_NEEDED)
+def test_gguf_without_a_part_of_the_family(
+    case: str, parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    reference = save_model(case, tmp_path)
+    path = tmp_path / "model.gguf"
+    for part in parts:
+        # In layer 0 too: the file is no less a Qwen for lacking the tensors one looks at first.
+        for name in (f"blk.0.{part}", f"blk.2.{part}"):
+            write_gguf(path, reference, case, drop=(name,))
+            with pytest.raises(ModelLoadError, match=f"'{re.escape(name)}' is missing"):
+                load_model(path)
+    if case != "llama-biases":
+        write_gguf(path, reference, case, tuple(f"blk.{n}.{p}" for n in range(3) for p in parts))
+        with pytest.raises(ModelLoadError, match=f"'{re.escape('blk.0.' + parts[0])}' is missing"):
+            load_model(path)

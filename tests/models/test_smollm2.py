@@ -14,9 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stateful_kv.models.loading import LoadedModel, load_model, resolve
 from tests.models import tiny
 from tests.models.prompts import PROMPTS
-
-# Where transformers' own best two logits are closer than this, either choice is right.
-TIE = 1e-3
+from tests.models.ties import TIE, Tie, check_ties
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +93,18 @@ def greedy_theirs(reference: Any, prompts: list[list[int]], num_tokens: int) -> 
     return replies
 
 
+def test_load_time() -> None:
+    seconds = []
+    for _ in range(2):
+        began = time.monotonic()
+        load_model("smollm2")
+        seconds.append(time.monotonic() - began)
+        if seconds[-1] < 5.0:
+            break
+    # The best of two: the page cache may be cold, and others may use the machine.
+    assert min(seconds) < 5.0, seconds
+
+
 def test_logits(loaded: LoadedModel, reference: Any) -> None:
     for prompt in (PROMPTS[0], PROMPTS[14], PROMPTS[1] * 12):
         tokens = prompt_tokens(loaded, prompt)
@@ -111,15 +121,15 @@ def test_logits(loaded: LoadedModel, reference: Any) -> None:
 
 
 def check_greedy(loaded: LoadedModel, reference: Any, prompts: list[str], num_tokens: int) -> None:
-    """Equal tokens for every prompt, except from a tie on; ties are printed."""
+    """Equal tokens for each of the first prompts, except from a known tie on."""
     starts = [prompt_tokens(loaded, prompt) for prompt in prompts]
     began = time.monotonic()
     ours = greedy_ours(loaded, starts, num_tokens)
     between = time.monotonic()
     theirs = greedy_theirs(reference, starts, num_tokens)
     print(f"ours {between - began:.0f} s, transformers {time.monotonic() - between:.0f} s")
-    wrong = []
-    for prompt, start, mine, other in zip(prompts, starts, ours, theirs, strict=True):
+    wrong, ties = [], []
+    for index, (start, mine, other) in enumerate(zip(starts, ours, theirs, strict=True)):
         assert len(mine) == len(other) == num_tokens
         differing = [i for i in range(num_tokens) if mine[i] != other[i]]
         if not differing:
@@ -131,10 +141,9 @@ def check_greedy(loaded: LoadedModel, reference: Any, prompts: list[str], num_to
         best = logits.topk(2)
         gap = (best.values[0] - best.values[1]).item()
         is_tie = gap < TIE and {mine[at], other[at]} == set(best.indices.tolist())
-        print(f"{'tie' if is_tie else 'WRONG'} at token {at} of {prompt[:40]!r}: gap {gap:.1e}")
-        if not is_tie:
-            wrong.append(prompt)
+        (ties if is_tie else wrong).append(Tie(index, at, gap))
     assert not wrong
+    check_ties(ties)
 
 
 def test_greedy_text_of_some_prompts(loaded: LoadedModel, reference: Any) -> None:

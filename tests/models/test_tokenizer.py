@@ -214,7 +214,7 @@ def test_special_text_stays_text(special: str) -> None:
     ids = ours.encode(evil)
     assert ours.special_ids.isdisjoint(ids.tolist()) and ours.decode(ids) == evil
     harmless = ours.render_start([{"role": "user", "content": "x"}])
-    for role in ("user", "tool", f"us{special}er"):
+    for role in ("user", "tool"):
         message = {"role": role, "content": evil}
         start = ours.render_start([message])
         count = np.isin(start, list(ours.special_ids)).sum()
@@ -278,7 +278,20 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
     ({"role": "user", "content": "x"}, "non-empty list"),
     (["hello"], "expected a dict"),
     ([{"content": "x"}], "role"),
-    ([{"role": 3, "content": "x"}], "role"),
+    ([{"role": 3, "content": "x"}], "role: expected one of system, user, assistant, tool, got 3"),
+    ([{"role": "wizard", "content": "x"}], r"\[0\]: role: .*, assistant, tool, got 'wizard'"),
+    ([{"role": ["user"], "content": "x"}], r"role: expected one of .*, got \['user'\]"),
+    ([{"role": "us<|im_start|>er", "content": "x"}], "role: expected one of"),
+    ([{"role": "User", "content": "x"}], "role: expected one of"),
+    ([{"role": "user", "content": ""}], "content: expected text .* role 'user', got ''"),
+    ([{"role": "user", "content": None}], "content: expected text .* role 'user', got None"),
+    ([{"role": "user", "content": []}], "role 'user'"),
+    ([{"role": "user", "content": [{"type": "text", "text": ""}]}], "role 'user'"),
+    (
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}],
+        r"messages\[1\]: content: .* role 'assistant', got ''",
+    ),
+    ([{"role": "assistant", "content": "", "tool_calls": []}], "role 'assistant'"),
     ([{"role": "user"}], "content: missing"),
     ([{"role": "user", "content": 5}], "content"),
     ([{"role": "user", "content": [{"type": "image"}]}], "content"),
@@ -293,6 +306,25 @@ def test_bad_messages(messages: Any, reason: str) -> None:
     for render in (ours.render_start, ours.render_delta):
         with pytest.raises(InvalidRequestError, match=reason):
             render(messages)
+
+
+@pytest.mark.parametrize("name", ["chatml", "smollm2"])
+def test_contents_that_may_be_empty(name: str) -> None:
+    ours = chatml() if name == "chatml" else load_smollm2_tokenizer()
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    messages = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": ""},
+    ]
+    assert len(ours.render_start(messages)) > len(ours.render_start(messages[:2]))
+    with pytest.raises(InvalidRequestError, match="role: expected one of"):
+        ours.render_start([*messages, {"role": "function", "content": "x"}])
+
+
+def load_smollm2_tokenizer() -> ChatTokenizer:
+    return gguf_tokenizer.read_tokenizer(GGUFFile(loading.resolve("smollm2")))
 
 
 def test_deep_nesting_is_refused() -> None:

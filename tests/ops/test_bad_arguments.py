@@ -57,6 +57,11 @@ def flatter(value: Tensor) -> Tensor:
     return value[0]
 
 
+def overlapping(shape: tuple[int, ...], strides: tuple[int, ...]) -> Change:
+    """Some elements share memory, though no stride is 0."""
+    return lambda value: torch.zeros(2048).as_strided(shape, strides)
+
+
 F16, F64, I32, I64 = torch.float16, torch.float64, torch.int32, torch.int64
 
 ROWS: dict[str, Change] = {
@@ -167,6 +172,8 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
             "size": resize(0, 1),
             "head_dim": resize(2, 16),
             "expanded": lambda value: value[:1].expand(4, 6, 32),
+            "overlapping rows": overlapping((4, 6, 32), (64, 32, 1)),
+            "overlapping heads": overlapping((4, 6, 32), (512, 16, 1)),
         },
         "k": ROWS | {"size": resize(0, 1)},
         "v": ROWS | {"size": resize(0, -1)},
@@ -376,3 +383,55 @@ def test_unused_table_entries_are_never_checked() -> None:
         arguments["page_table"][1] = unused
         arguments["page_table"][0, 2:] = unused
         assert_same_bits(ops.paged_attention(**arguments), expected)
+
+
+POOL_WRITERS = ("append_kv", "copy_pages", "rope_append_kv")
+
+
+@pytest.mark.parametrize("op", POOL_WRITERS)
+@pytest.mark.parametrize("shift", [0, 1, 5])
+def test_pools_that_share_memory(op: str, shift: int) -> None:
+    arguments = valid_arguments(op)
+    shape = arguments["k_pool"].shape
+    memory = torch.zeros(arguments["k_pool"].numel() + 5)
+    arguments["k_pool"] = memory[: shape.numel()].view(shape)
+    arguments["v_pool"] = memory[shift : shape.numel() + shift].view(shape)
+    assert "in the memory of k_pool" in expect_refusal(op, "v_pool", arguments)
+
+
+@pytest.mark.parametrize("op", POOL_WRITERS)
+def test_pools_side_by_side_are_legal(op: str) -> None:
+    arguments = valid_arguments(op)
+    both = torch.stack([arguments["v_pool"], arguments["k_pool"]])
+    arguments["v_pool"], arguments["k_pool"] = both
+    expected = valid_arguments(op)
+    for name in ("q", "k", "v", "page_copies", "k_pool", "v_pool"):
+        if name in expected:
+            expected[name].copy_(arguments[name])
+    getattr(ops, op)(**arguments)
+    getattr(ops, op)(**expected)
+    assert_same_bits(arguments["k_pool"], expected["k_pool"])
+    assert_same_bits(arguments["v_pool"], expected["v_pool"])
+
+
+@pytest.mark.parametrize("pool", ["k_pool", "v_pool"])
+def test_queries_inside_a_pool(pool: str) -> None:
+    arguments = valid_arguments("rope_append_kv")
+    arguments["q"] = arguments[pool].view(-1)[: 4 * 6 * 32].view(4, 6, 32)
+    assert f"in the memory of {pool}" in expect_refusal("rope_append_kv", "q", arguments)
+
+
+@pytest.mark.parametrize("strides", [(192, 32, 1), (256, 40, 1), (32, 128, 1), (1000, 32, 1)])
+def test_queries_with_gaps_or_turned_axes_are_written(strides: tuple[int, ...]) -> None:
+    arguments = valid_arguments("rope_append_kv")
+    expected = arguments["q"].clone()
+    memory = torch.zeros(4096)
+    arguments["q"] = memory.as_strided((4, 6, 32), strides)
+    arguments["q"].copy_(expected)
+    ops.rope_append_kv(**arguments)
+    ops.rope_append_kv(
+        **valid_arguments("rope_append_kv")
+        | {"q": expected}
+        | {name: arguments[name] for name in ("k", "v", "positions", "cos_sin", "slots")}
+    )
+    assert_same_bits(arguments["q"], expected)

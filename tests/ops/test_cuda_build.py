@@ -72,6 +72,12 @@ def test_the_sources_register_the_listed_ops() -> None:
     assert sorted(registered) == sorted(CUDA_OPS)
 
 
+def test_the_report_names_the_ops_without_a_kernel() -> None:
+    report = load_report()
+    assert report.ops_without_kernel() == sorted(CASES.keys() - CUDA_OPS)
+    assert "\n".join(report.missing_sentence()) in (ROOT / "docs/cuda-kernels.md").read_text()
+
+
 def test_a_cache_on_cuda_without_a_cuda_build_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     info = {**stateful_kv.build_info(), "cuda": False}
     monkeypatch.setattr(_native._C, "build_info", lambda: info)

@@ -127,6 +127,14 @@ class TreeMachine(RuleBasedStateMachine):
         guarded = {page for pages, _ in self.guards for page in pages.tolist()}
         assert self.tree.num_tree_pages() + self.pool.num_free() <= NUM_PAGES
         assert self.tree.num_tree_pages() + self.pool.num_free() + len(guarded) >= NUM_PAGES
+        in_tree = {
+            page
+            for page in guarded
+            if self.pool.ref_count(page) > sum(page in pages.tolist() for pages, _ in self.guards)
+        }
+        kept = torch.tensor(sorted(guarded), dtype=torch.int32)
+        free_or_kept = self.tree.num_evictable_pages() + len(in_tree)
+        assert self.tree.num_blocked_pages(kept) + free_or_kept == self.tree.num_tree_pages()
         if not self.guards:
             assert _C.check_references(self.pool, None, [self.tree]) is None
             evictable, pinned = self.tree.num_evictable_pages(), self.tree.num_pinned_pages()

@@ -25,11 +25,6 @@ Blocks = NDArray[np.uint8]
 _FLOAT_TYPES: dict[Type, np.dtype[Any]] = {Type.F32: np.dtype("<f4"), Type.F16: np.dtype("<f2")}
 
 
-def is_float(kind: Type) -> bool:
-    """True for the types that store each value alone."""
-    return kind in (Type.F32, Type.F16, Type.BF16)
-
-
 def to_float(rows: Blocks, kind: Type) -> Tensor:
     """Expands rows of blocks.
 

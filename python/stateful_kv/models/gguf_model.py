@@ -36,6 +36,8 @@ _NAMES = {
     "up": "ffn_up",
     "down": "ffn_down",
 }
+_QKV_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
+_QK_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(.*)")
 
 
@@ -72,8 +74,8 @@ def read_config(file: GGUFFile) -> ModelConfig:
             rope_scaling=_rope_scaling(fields),
             max_position=fields.integer("context_length"),
             tie_word_embeddings="output.weight" not in file.tensors,
-            attention_bias="blk.0.attn_q.bias" in file.tensors,
-            qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+            attention_bias=architecture == "qwen2" or _any_layer_has(file, _QKV_BIASES),
+            qk_norm=architecture == "qwen3" or _any_layer_has(file, _QK_NORMS),
             sliding_window=fields.integer("attention.sliding_window", 0) or None,
             architecture=architecture,
         )
@@ -174,6 +176,11 @@ class _Fields:
     def unsupported(self, key: str, want: str) -> ModelLoadError:
         where = f"{self._file.path}: {self.architecture}.{key}"
         return ModelLoadError(f"{where}: expected {want}, got {self.get(key)!r}")
+
+
+def _any_layer_has(file: GGUFFile, names: tuple[str, ...]) -> bool:
+    """True if a layer has one of them; GGUF metadata does not say it."""
+    return any(name.split(".", 2)[-1] in names for name in file.tensors)
 
 
 def _rope_scaling(fields: _Fields) -> RopeScaling | None:

@@ -132,14 +132,6 @@ class LlamaWeights:
     head: Linear
     cos_sin: Tensor
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed weights (the embedding table, of which rows are read, aside)."""
-        linears = [self.head]
-        for layer in self.layers:
-            linears += [layer.qkv, layer.o, layer.gate_up, layer.down]
-        return sum(part.nbytes for linear in linears for part in linear.parts)
-
 
 class LlamaModel:
     """A model ready to run; it owns weights and no state.

@@ -21,7 +21,7 @@ from stateful_kv.quantize import PackedWeight
 
 WEIGHT_FORMATS = ("auto", "int8", "int4", "fp32")
 MAX_LAYERS = 1024
-MAX_POSITIONS = 1 << 22
+MAX_ROTARY_BYTES = 1 << 29  # half a million positions at the largest head_dim
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 32, 256, 16
 
 
@@ -45,14 +45,20 @@ class WeightSource(Protocol):
 
 def check_config(config: ModelConfig, where: str) -> None:
     """ModelLoadError if the kernels or sane sizes do not allow this model; allocates nothing."""
+    max_position = MAX_ROTARY_BYTES // (4 * config.head_dim)
     checks = (
         ("num_layers", config.num_layers <= MAX_LAYERS, f"at most {MAX_LAYERS}"),
-        ("max_position", config.max_position <= MAX_POSITIONS, f"at most {MAX_POSITIONS}"),
         (
             "head_dim",
             MIN_HEAD_DIM <= config.head_dim <= MAX_HEAD_DIM
             and config.head_dim % HEAD_DIM_STEP == 0,
             f"a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}",
+        ),
+        (
+            "max_position",
+            config.max_position <= max_position,
+            f"at most {max_position} at head_dim {config.head_dim} "
+            f"(a rotary table of {MAX_ROTARY_BYTES >> 20} MiB)",
         ),
     )
     for field, good, want in checks:
@@ -70,7 +76,8 @@ def build_weights(source: WeightSource, config: ModelConfig, weight_format: str)
             "int8", "int4" and "fp32" convert everything.
 
     Raises:
-        ModelLoadError: a tensor is missing, has another shape, or holds NaN or infinity.
+        ModelLoadError: a tensor is missing, has another shape, holds NaN or infinity, or is there
+            although the config says that the model has none.
     """
     vocab_shape = (config.vocab_size, config.hidden_size)
     embedding = source.dense("embedding", vocab_shape)
@@ -131,11 +138,16 @@ def _build_layer(
         return _linear(source, prefix, parts, in_features, weight_format)
 
     def head_norm(name: str) -> Tensor | None:
-        return source.dense(prefix + name, (config.head_dim,)) if config.qk_norm else None
+        return _dense_iff(config.qk_norm, "qk_norm", source, prefix + name, config.head_dim)
 
+    qkv = (("q", q_width), ("k", kv_width), ("v", kv_width))
+    qkv_biases = [
+        _dense_iff(config.attention_bias, "attention_bias", source, f"{prefix}{name}.bias", width)
+        for name, width in qkv
+    ]
     return LayerWeights(
         attn_norm=source.dense(prefix + "attn_norm", (hidden,)),
-        qkv=linear([("q", q_width), ("k", kv_width), ("v", kv_width)], hidden),
+        qkv=_linear(source, prefix, qkv, hidden, weight_format, qkv_biases),
         o=linear([("o", hidden)], q_width),
         ffn_norm=source.dense(prefix + "ffn_norm", (hidden,)),
         gate_up=linear([("gate", inner), ("up", inner)], hidden),
@@ -151,15 +163,29 @@ def _linear(
     parts: Sequence[tuple[str, int]],
     in_features: int,
     weight_format: str,
+    biases: Sequence[Tensor | None] | None = None,
 ) -> Linear:
-    """Reads and fuses projections of one input, with the biases the file has."""
+    """Reads and fuses projections of one input; `biases` None takes those the file has."""
     weights = [
         source.packed(prefix + name, (width, in_features), weight_format) for name, width in parts
     ]
-    biases = [
-        source.dense(f"{prefix}{name}.bias", (width,))
-        if source.has(f"{prefix}{name}.bias")
-        else None
-        for name, width in parts
-    ]
+    if biases is None:
+        biases = [
+            source.dense(f"{prefix}{name}.bias", (width,))
+            if source.has(f"{prefix}{name}.bias")
+            else None
+            for name, width in parts
+        ]
     return Linear.fuse(weights, biases)
+
+
+def _dense_iff(
+    wanted: bool, flag: str, source: WeightSource, name: str, width: int
+) -> Tensor | None:
+    """Reads float32[width] if the config wants it; ModelLoadError if file and config disagree."""
+    if wanted:
+        return source.dense(name, (width,))
+    # Left out, it would change every logit without a word.
+    if source.has(name):
+        raise ModelLoadError(f"tensor {name!r} is there, but the config says {flag} = false")
+    return None
