@@ -12,10 +12,10 @@ PAGE_SIZE, NUM_PAGES, MAX_DRAFT = 64, 32, 4
 
 
 # README.md shows what follows
-def linear(x, layer, residual=None):
+def linear(x, layer, residual=None, norm=None, eps=0.0):
     w = layer.parts[0]  # panels of 16 columns, int8 or 4-bit: see stateful_kv.quantize
-    shape = (layer.bias, w.out_features, residual)
-    return ops.quantized_linear(x, w.weight, w.scales, w.minimums, *shape)
+    rest = (layer.bias, w.out_features, residual, norm, eps, layer.has_silu_mul)
+    return ops.quantized_linear(x, w.weight, w.scales, w.minimums, *rest)
 
 
 def forward(weights, config, pools, page_table, token_ids, start):
@@ -26,16 +26,15 @@ def forward(weights, config, pools, page_table, token_ids, start):
     lens, offsets = torch.tensor([start + num]).int(), torch.tensor([0, num]).int()
     x = weights.embedding[token_ids]
     for layer, (k_pool, v_pool) in zip(weights.layers, pools, strict=True):
-        qkv = linear(ops.rms_norm(x, layer.attn_norm, eps), layer.qkv)
-        qkv = qkv.view(num, -1, config.head_dim)
+        qkv = linear(x, layer.qkv, norm=layer.attn_norm, eps=eps).view(num, -1, config.head_dim)
         q, (k, v) = qkv[:, :heads], qkv[:, heads:].chunk(2, dim=1)
         ops.rope_append_kv(q, k, v, positions, weights.cos_sin, slots, k_pool, v_pool)
         scale = config.head_dim**-0.5
         seen = ops.paged_attention(q, k_pool, v_pool, page_table, lens, offsets, scale)
         x = linear(seen.flatten(1), layer.o, residual=x)
-        gate_up = linear(ops.rms_norm(x, layer.ffn_norm, eps), layer.gate_up)
-        x = linear(ops.silu_mul(gate_up), layer.down, residual=x)
-    return linear(ops.rms_norm(x, weights.norm, eps), weights.head)
+        gated = linear(x, layer.gate_up, norm=layer.ffn_norm, eps=eps)
+        x = linear(gated, layer.down, residual=x)
+    return linear(x, weights.head, norm=weights.norm, eps=eps)
 
 
 def generate(weights, config, pools, page_table, tokens, max_tokens):

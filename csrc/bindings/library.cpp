@@ -22,7 +22,8 @@ TORCH_LIBRARY(stateful_kv, m) {
   m.def("silu_mul(Tensor gate_up) -> Tensor", tags);
   m.def(
       "quantized_linear(Tensor x, Tensor weight, Tensor? scales, Tensor? minimums, Tensor? bias, "
-      "int out_features, Tensor? residual=None) -> Tensor",
+      "int out_features, Tensor? residual=None, Tensor? norm_weight=None, float norm_eps=0.0, "
+      "bool silu_mul=False) -> Tensor",
       tags);
   m.def("argmax(Tensor logits) -> (Tensor ids, Tensor values)", tags);
   m.def(

@@ -41,18 +41,23 @@ inline constexpr int64_t kPanelColumns = 16;
 inline constexpr int64_t kGroupSize = 32;
 
 struct QuantizedLinearParams {
-  const float* input;     // [N, K], K contiguous
-  const void* weight;     // fp32 [Np, K, 16] | int8 [Np, K, 16] | uint8 [Np, K/2, 16]
-  const float* scales;    // [Np, K/32, 16], null for fp32
-  const float* minimums;  // [Np, K/32, 16], 4-bit only
-  const float* bias;      // [out], or null
-  const float* residual;  // [N, out], contiguous, or null; added last
-  float* output;          // [N, out], contiguous
+  const float* input;        // [N, K], K contiguous
+  const void* weight;        // fp32 [Np, K, 16] | int8 [Np, K, 16] | uint8 [Np, K/2, 16]
+  const float* scales;       // [Np, K/32, 16], null for fp32
+  const float* minimums;     // [Np, K/32, 16], 4-bit only
+  const float* bias;         // [out], or null
+  const float* residual;     // [N, out], contiguous, or null; added last
+  const float* norm_weight;  // [K], or null; then the input is normalised by its RMS first
+  float* normalised;         // [N, K], contiguous, scratch; null without norm_weight
+  float* sums;               // [N, out], contiguous; the output unless there is `activated`
+  float* activated;          // [N, out/2], contiguous, or null; silu(gate) * up of the sums, where
+                             // even panels of columns are gates and odd ones what they multiply
   WeightFormat format;
   int64_t num_rows;          // N
   int64_t in_features;       // K
   int64_t out_features;      // out; Np = ceil(out / 16)
   int64_t input_row_stride;  // elements between rows of input
+  float norm_epsilon;
 };
 
 }  // namespace skv

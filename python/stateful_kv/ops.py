@@ -242,11 +242,15 @@ def quantized_linear(
     bias: Tensor | None,
     out_features: int,
     residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    silu_mul: bool = False,
 ) -> Tensor:
     """Linear layer with a weight packed in panels of 16 output columns (see quantize.py).
 
     The dtype of the weight tells its format. Every output element is summed over k in ascending
     order, then bias and residual are added, so a row has the same bits for any number of rows.
+    Fused with its neighbours it gives the bits of `rms_norm` before it and `silu_mul` after it.
 
     Args:
         x: float32[N, K], K contiguous; K is a multiple of 32 unless the weight is float32.
@@ -255,14 +259,29 @@ def quantized_linear(
         scales: float32[Np, K/32, 16], contiguous; None for a float32 weight.
         minimums: float32[Np, K/32, 16], contiguous, for a uint8 weight; else None.
         bias: float32[out_features], contiguous, or None.
-        out_features: columns of the result.
-        residual: float32[N, out_features], contiguous, or None - added to the result.
+        out_features: columns of the product; a multiple of 32 with `silu_mul`.
+        residual: float32[N, out_features], contiguous, or None - added to the result; None with
+            `silu_mul`.
+        norm_weight: float32[K], contiguous, or None - then x is normalised first, as by
+            `rms_norm(x, norm_weight, norm_eps)`.
+        norm_eps: a finite number >= 0.
+        silu_mul: return silu(gate) * up, where the panels of the weight are by turns 16 columns
+            of the gate and the 16 columns of up that go with them.
 
     Returns:
-        float32[N, out_features].
+        float32[N, out_features], with `silu_mul` float32[N, out_features / 2].
     """
     result: Tensor = _ops.quantized_linear.default(
-        x, weight, scales, minimums, bias, out_features, residual
+        x,
+        weight,
+        scales,
+        minimums,
+        bias,
+        out_features,
+        residual,
+        norm_weight,
+        norm_eps,
+        silu_mul,
     )
     return result
 
@@ -276,6 +295,9 @@ def _(
     bias: Tensor | None,
     out_features: int,
     residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    silu_mul: bool = False,
 ) -> Tensor:
     _check_devices(
         "quantized_linear",
@@ -285,8 +307,9 @@ def _(
         minimums=minimums,
         bias=bias,
         residual=residual,
+        norm_weight=norm_weight,
     )
-    return x.new_empty(x.shape[0], out_features)
+    return x.new_empty(x.shape[0], out_features // 2 if silu_mul else out_features)
 
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,15 @@ exact values.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from stateful_kv.host_memory import HugePageArena
 
 PANEL = 16
 GROUP = 32
@@ -61,6 +64,15 @@ class PackedWeight:
             and self.out_features % PANEL == 0
         )
 
+    def placed_in(self, arena: HugePageArena) -> PackedWeight:
+        """Returns the same weight with its tensors copied into `arena`."""
+        return replace(
+            self,
+            weight=arena.place(self.weight),
+            scales=None if self.scales is None else arena.place(self.scales),
+            minimums=None if self.minimums is None else arena.place(self.minimums),
+        )
+
     @staticmethod
     def concat(weights: Sequence[PackedWeight]) -> PackedWeight:
         """Joins weights along their outputs, so one product computes all of them.
@@ -92,6 +104,31 @@ class PackedWeight:
             out_features=sum(w.out_features for w in weights),
             in_features=first.in_features,
             format=first.format,
+        )
+
+    @staticmethod
+    def interleave(gate: PackedWeight, up: PackedWeight) -> PackedWeight:
+        """Joins two weights panel by panel, as `quantized_linear` with `silu_mul` reads them.
+
+        Args:
+            gate: out_features a multiple of 16.
+            up: as `gate`: same format, in_features and out_features.
+
+        Raises:
+            ValueError: the weights do not fit together.
+        """
+        if not gate.can_precede(up) or gate.out_features != up.out_features:
+            raise ValueError(
+                "interleave: expected two weights alike, of whole panels, got "
+                f"{gate.format}[{gate.out_features}, {gate.in_features}] and "
+                f"{up.format}[{up.out_features}, {up.in_features}]"
+            )
+        return replace(
+            gate,
+            weight=_alternate(gate.weight, up.weight),
+            scales=_alternate(gate.scales, up.scales),
+            minimums=_alternate(gate.minimums, up.minimums),
+            out_features=2 * gate.out_features,
         )
 
 
@@ -234,6 +271,17 @@ def _panels(rows: Tensor) -> Tensor:
 def _join(panels: Sequence[Tensor]) -> Tensor:
     """Panel arrays one after another."""
     return torch.from_numpy(np.concatenate([part.numpy() for part in panels]))
+
+
+@overload
+def _alternate(first: Tensor, second: Tensor) -> Tensor: ...
+@overload
+def _alternate(first: Tensor | None, second: Tensor | None) -> Tensor | None: ...
+def _alternate(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Panels of both by turns; None of None."""
+    if first is None or second is None:
+        return None
+    return torch.stack((first, second), dim=1).flatten(0, 1)
 
 
 def _rows(panels: Tensor, out_features: int) -> Tensor:

@@ -99,12 +99,15 @@ def tiny_llama(seed: int = 0, max_position: int = 2048) -> LlamaModel:
     config = tiny_config(max_position=max_position)
     random = torch.Generator().manual_seed(seed)
 
-    def pack(weight: torch.Tensor) -> Linear:
-        return Linear.fuse([quantize.pack_int8(*quantize.quantize_int8(weight))], [None])
+    def pack(weight: torch.Tensor) -> quantize.PackedWeight:
+        return quantize.pack_int8(*quantize.quantize_int8(weight))
 
-    def linear(out_features: int, in_features: int, scale: float = 1.0) -> Linear:
+    def packed(out_features: int, in_features: int, scale: float = 1.0) -> quantize.PackedWeight:
         weight = torch.randn(out_features, in_features, generator=random)
         return pack(weight * scale * in_features**-0.5)
+
+    def linear(out_features: int, in_features: int, scale: float = 1.0) -> Linear:
+        return Linear.fuse([packed(out_features, in_features, scale)], [None])
 
     embedding = torch.randn(config.vocab_size, config.hidden_size, generator=random)
     circles = (torch.arange(config.vocab_size).view(-1, 16).roll(1, 1)).flatten()
@@ -117,7 +120,9 @@ def tiny_llama(seed: int = 0, max_position: int = 2048) -> LlamaModel:
             qkv=linear(q_width + 2 * kv_width, config.hidden_size, 2.0),
             o=linear(config.hidden_size, q_width),
             ffn_norm=torch.ones(config.hidden_size),
-            gate_up=linear(2 * config.intermediate_size, config.hidden_size),
+            gate_up=Linear.gate_up(
+                *(packed(config.intermediate_size, config.hidden_size) for _ in range(2))
+            ),
             down=linear(config.hidden_size, config.intermediate_size),
         )
         for _ in range(config.num_layers)
@@ -127,7 +132,7 @@ def tiny_llama(seed: int = 0, max_position: int = 2048) -> LlamaModel:
         embedding=embedding,
         layers=layers,
         norm=torch.ones(config.hidden_size),
-        head=pack(head),
+        head=Linear.fuse([pack(head)], [None]),
         cos_sin=cos_sin_table(inverse, config.max_position),
     )
     return LlamaModel(config, weights)

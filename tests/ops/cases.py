@@ -68,6 +68,8 @@ def _quantized_linear() -> Arguments:
         "bias": torch.randn(21),
         "out_features": 21,
         "residual": torch.randn(3, 21),
+        "norm_weight": torch.randn(64),
+        "norm_eps": 1e-5,
     }
 
 
@@ -112,7 +114,8 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
     "silu_mul": ("(Tensor gate_up) -> Tensor", _silu_mul),
     "quantized_linear": (
         "(Tensor x, Tensor weight, Tensor? scales, Tensor? minimums, Tensor? bias, "
-        "int out_features, Tensor? residual=None) -> Tensor",
+        "int out_features, Tensor? residual=None, Tensor? norm_weight=None, float norm_eps=0., "
+        "bool silu_mul=False) -> Tensor",
         _quantized_linear,
     ),
     "argmax": ("(Tensor logits) -> (Tensor ids, Tensor values)", _argmax),

@@ -238,6 +238,13 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
             "rows": resize(0, 1),
             "columns": resize(1, 1),
         },
+        "norm_weight": {
+            "dtype": dtype(F64),
+            "rank": deeper,
+            "stride": spread,
+            "size": resize(0, 1),
+        },
+        "norm_eps": {"negative": to(-1e-9), "infinite": to(float("inf")), "nan": to(float("nan"))},
     },
     "argmax": {
         "logits": {"dtype": dtype(F64), "half": dtype(F16), "rank": flatter, "stride": spread},

@@ -9,7 +9,7 @@ logits do not depend on the rows computed with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from stateful_kv import ops
 from stateful_kv.batch import Batch
 from stateful_kv.config import ModelConfig
-from stateful_kv.quantize import PackedWeight
+from stateful_kv.host_memory import HugePageArena
+from stateful_kv.quantize import PANEL, PackedWeight
 
 
 class LayeredCache(Protocol):
@@ -35,16 +36,19 @@ class LayeredCache(Protocol):
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x @ w.T + bias over packed weights.
+    """y = x @ w.T + bias over packed weights, or silu(gate) * up of such a product.
 
     Attributes:
         parts: weights whose outputs follow each other; more than one only where a file stores
             projections that belong together in different formats.
         bias: float32[out] of all parts together, or None.
+        has_silu_mul: the product is a gate and what it opens; the result is half as wide. With
+            one part their panels alternate, with several the gate comes first.
     """
 
     parts: tuple[PackedWeight, ...]
     bias: Tensor | None = None
+    has_silu_mul: bool = False
 
     @staticmethod
     def fuse(weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]) -> Linear:
@@ -60,33 +64,81 @@ class Linear:
                 runs[-1].append(weight)
             else:
                 runs.append([weight])
-        bias = None
-        if any(b is not None for b in biases):
-            pairs = zip(weights, biases, strict=True)
-            bias = torch.cat([torch.zeros(w.out_features) if b is None else b for w, b in pairs])
-        return Linear(tuple(PackedWeight.concat(run) for run in runs), bias)
+        parts = tuple(PackedWeight.concat(run) for run in runs)
+        return Linear(parts, _join_biases(weights, biases))
 
-    @property
-    def out_features(self) -> int:
-        """Width of the result."""
-        return sum(part.out_features for part in self.parts)
+    @staticmethod
+    def gate_up(
+        gate: PackedWeight, up: PackedWeight, biases: Sequence[Tensor | None] = (None, None)
+    ) -> Linear:
+        """Joins the two projections of a gated feed-forward layer.
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Computes float32[N, out] from float32[N, K]; adds `residual` of that shape, if any."""
-        biases: Sequence[Tensor | None] = (None,) * len(self.parts)
-        if self.bias is not None:
-            biases = torch.split(self.bias, [part.out_features for part in self.parts])
+        Args:
+            gate: E -> F.
+            up: E -> F.
+            biases: float32[F] or None for each.
+        """
+        bias = _join_biases((gate, up), biases)
+        if not gate.can_precede(up) or gate.out_features != up.out_features:
+            return Linear((gate, up), bias, has_silu_mul=True)
+        if bias is not None:
+            bias = bias.view(2, -1, PANEL).transpose(0, 1).flatten()
+        return Linear((PackedWeight.interleave(gate, up),), bias, has_silu_mul=True)
+
+    def placed_in(self, arena: HugePageArena) -> Linear:
+        """Returns the same with its weights copied into `arena`."""
+        return replace(self, parts=tuple(part.placed_in(arena) for part in self.parts))
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        norm_weight: Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> Tensor:
+        """Computes float32[N, out] from float32[N, K].
+
+        Args:
+            x: the input.
+            residual: float32[N, out] to add, or None.
+            norm_weight: float32[K] where x is to be normalised first, or None.
+            norm_eps: for that norm.
+        """
         if len(self.parts) == 1:
             w = self.parts[0]
             return ops.quantized_linear(
-                x, w.weight, w.scales, w.minimums, biases[0], w.out_features, residual
+                x,
+                w.weight,
+                w.scales,
+                w.minimums,
+                self.bias,
+                w.out_features,
+                residual,
+                norm_weight,
+                norm_eps,
+                self.has_silu_mul,
             )
+        if norm_weight is not None:
+            x = ops.rms_norm(x, norm_weight, norm_eps)
+        biases: Sequence[Tensor | None] = (None,) * len(self.parts)
+        if self.bias is not None:
+            biases = torch.split(self.bias, [part.out_features for part in self.parts])
         results = [
             ops.quantized_linear(x, w.weight, w.scales, w.minimums, bias, w.out_features)
             for w, bias in zip(self.parts, biases, strict=True)
         ]
         joined = torch.cat(results, dim=1)
+        if self.has_silu_mul:
+            joined = ops.silu_mul(joined)
         return joined if residual is None else joined.add_(residual)
+
+
+def _join_biases(weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]) -> Tensor | None:
+    """float32[out of all], zeros where a weight has none; None if no weight has one."""
+    if all(bias is None for bias in biases):
+        return None
+    pairs = zip(weights, biases, strict=True)
+    return torch.cat([torch.zeros(w.out_features) if b is None else b for w, b in pairs])
 
 
 @dataclass(frozen=True)
@@ -98,7 +150,7 @@ class LayerWeights:
         qkv: E -> (H + 2 * Hk) * D.
         o: H * D -> E.
         ffn_norm: float32[E], before the feed-forward layer.
-        gate_up: E -> 2 * F, gate first.
+        gate_up: E -> F, silu(gate) * up.
         down: F -> E.
         q_norm: float32[D] of Qwen3, else None.
         k_norm: float32[D] of Qwen3, else None.
@@ -112,6 +164,16 @@ class LayerWeights:
     down: Linear
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+
+    def placed_in(self, arena: HugePageArena) -> LayerWeights:
+        """Returns the same with its weights copied into `arena` in the order a step reads them."""
+        return replace(
+            self,
+            qkv=self.qkv.placed_in(arena),
+            o=self.o.placed_in(arena),
+            gate_up=self.gate_up.placed_in(arena),
+            down=self.down.placed_in(arena),
+        )
 
 
 @dataclass(frozen=True)
@@ -162,27 +224,30 @@ class LlamaModel:
         Raises:
             IndexError: a token id outside [0, V).
         """
-        config, last = self.config, len(self.weights.layers) - 1
+        eps, last = self.config.rms_norm_eps, len(self.weights.layers) - 1
         x = self.weights.embedding.index_select(0, batch.token_ids)
         for index, layer in enumerate(self.weights.layers):
-            hidden = ops.rms_norm(x, layer.attn_norm, config.rms_norm_eps)
-            attended = self._attend(layer, hidden, batch, cache.k[index], cache.v[index])
+            attended = self._attend(layer, x, batch, cache.k[index], cache.v[index])
             if index == last:
                 # After the last KV write only the wanted rows matter, and rows are independent.
                 x = x.index_select(0, batch.logit_rows)
                 attended = attended.index_select(0, batch.logit_rows)
             x = layer.o(attended, residual=x)
-            hidden = ops.rms_norm(x, layer.ffn_norm, config.rms_norm_eps)
-            x = layer.down(ops.silu_mul(layer.gate_up(hidden)), residual=x)
-        return self.weights.head(ops.rms_norm(x, self.weights.norm, config.rms_norm_eps))
+            gated = layer.gate_up(x, norm_weight=layer.ffn_norm, norm_eps=eps)
+            x = layer.down(gated, residual=x)
+        return self.weights.head(x, norm_weight=self.weights.norm, norm_eps=eps)
 
     def _attend(
-        self, layer: LayerWeights, hidden: Tensor, batch: Batch, k_pool: Tensor, v_pool: Tensor
+        self, layer: LayerWeights, x: Tensor, batch: Batch, k_pool: Tensor, v_pool: Tensor
     ) -> Tensor:
-        """Projects, rotates, writes K and V, attends: float32[N, E] -> float32[N, H * D]."""
+        """Normalises, projects, rotates, writes K and V, attends.
+
+        Takes float32[N, E] and returns float32[N, H * D].
+        """
         config = self.config
         num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
-        heads = layer.qkv(hidden).view(-1, num_heads + 2 * num_kv_heads, config.head_dim)
+        qkv = layer.qkv(x, norm_weight=layer.attn_norm, norm_eps=config.rms_norm_eps)
+        heads = qkv.view(-1, num_heads + 2 * num_kv_heads, config.head_dim)
         q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = self._normalise_heads(q, layer.q_norm)

@@ -15,6 +15,7 @@ from torch import Tensor
 from stateful_kv import quantize
 from stateful_kv.config import ModelConfig
 from stateful_kv.errors import ModelLoadError
+from stateful_kv.host_memory import HugePageArena
 from stateful_kv.models.llama import LayerWeights, Linear, LlamaWeights
 from stateful_kv.models.rope import cos_sin_table, inverse_frequencies
 from stateful_kv.quantize import PackedWeight
@@ -81,8 +82,9 @@ def build_weights(source: WeightSource, config: ModelConfig, weight_format: str)
     """
     vocab_shape = (config.vocab_size, config.hidden_size)
     embedding = source.dense("embedding", vocab_shape)
+    arena = HugePageArena()
     layers = tuple(
-        _build_layer(source, config, f"layers.{index}.", weight_format)
+        _build_layer(source, config, f"layers.{index}.", weight_format).placed_in(arena)
         for index in range(config.num_layers)
     )
     head_name = "embedding" if config.tie_word_embeddings else "head"
@@ -98,7 +100,7 @@ def build_weights(source: WeightSource, config: ModelConfig, weight_format: str)
         norm=source.dense("norm", (config.hidden_size,)),
         head=_linear(
             source, "", [(head_name, config.vocab_size)], config.hidden_size, weight_format
-        ),
+        ).placed_in(arena),
         cos_sin=cos_sin_table(inverse, config.max_position),
     )
 
@@ -141,6 +143,7 @@ def _build_layer(
         return _dense_iff(config.qk_norm, "qk_norm", source, prefix + name, config.head_dim)
 
     qkv = (("q", q_width), ("k", kv_width), ("v", kv_width))
+    gate_up = (("gate", inner), ("up", inner))
     qkv_biases = [
         _dense_iff(config.attention_bias, "attention_bias", source, f"{prefix}{name}.bias", width)
         for name, width in qkv
@@ -150,7 +153,10 @@ def _build_layer(
         qkv=_linear(source, prefix, qkv, hidden, weight_format, qkv_biases),
         o=linear([("o", hidden)], q_width),
         ffn_norm=source.dense(prefix + "ffn_norm", (hidden,)),
-        gate_up=linear([("gate", inner), ("up", inner)], hidden),
+        gate_up=Linear.gate_up(
+            *_packed(source, prefix, gate_up, hidden, weight_format),
+            biases=_biases_of(source, prefix, gate_up),
+        ),
         down=linear([("down", hidden)], inner),
         q_norm=head_norm("q_norm"),
         k_norm=head_norm("k_norm"),
@@ -166,17 +172,32 @@ def _linear(
     biases: Sequence[Tensor | None] | None = None,
 ) -> Linear:
     """Reads and fuses projections of one input; `biases` None takes those the file has."""
-    weights = [
+    weights = _packed(source, prefix, parts, in_features, weight_format)
+    return Linear.fuse(weights, _biases_of(source, prefix, parts) if biases is None else biases)
+
+
+def _packed(
+    source: WeightSource,
+    prefix: str,
+    parts: Sequence[tuple[str, int]],
+    in_features: int,
+    weight_format: str,
+) -> list[PackedWeight]:
+    return [
         source.packed(prefix + name, (width, in_features), weight_format) for name, width in parts
     ]
-    if biases is None:
-        biases = [
-            source.dense(f"{prefix}{name}.bias", (width,))
-            if source.has(f"{prefix}{name}.bias")
-            else None
-            for name, width in parts
-        ]
-    return Linear.fuse(weights, biases)
+
+
+def _biases_of(
+    source: WeightSource, prefix: str, parts: Sequence[tuple[str, int]]
+) -> list[Tensor | None]:
+    """The biases that the file has."""
+    return [
+        source.dense(f"{prefix}{name}.bias", (width,))
+        if source.has(f"{prefix}{name}.bias")
+        else None
+        for name, width in parts
+    ]
 
 
 def _dense_iff(
