@@ -23,6 +23,7 @@ from stateful_kv.plan import Planner
 from stateful_kv.receipts import Reply
 from stateful_kv.session import Session
 from stateful_kv.step import Model, Stepper
+from stateful_kv.tracing import traced
 from stateful_kv.turn import SessionState, Turn
 
 
@@ -346,6 +347,7 @@ class Engine:
         finally:
             self._lock.release()
 
+    @traced("step")
     def step(self) -> bool:
         """Runs one step of all open turns.
 

@@ -11,6 +11,7 @@ import torch
 from stateful_kv.batch import Batch
 from stateful_kv.cache import KVCache
 from stateful_kv.ledger import TokenArray
+from stateful_kv.tracing import span, traced
 from stateful_kv.turn import Turn, TurnPhase
 
 
@@ -105,6 +106,7 @@ class Planner:
         self._max_batch_tokens = max_batch_tokens
         self._rotation = 0
 
+    @traced("plan")
     def plan(self, turns: Sequence[Turn]) -> list[RowPlan]:
         """Returns the rows of the next step, in order of `turns`; empty if nothing can run."""
         self._rotation += 1
@@ -154,7 +156,8 @@ def _decode_row(turn: Turn, max_draft: int) -> RowPlan:
     draft: list[int] = []
     if state.drafter is not None:
         # The last token of a reply is never a draft token: a row of its own has to choose it.
-        draft = state.drafter.propose(state.ledger, min(max_draft, turn.num_left - 1))
+        with span("draft"):
+            draft = state.drafter.propose(state.ledger, min(max_draft, turn.num_left - 1))
     if draft:
         feed = np.concatenate([feed, np.array(draft, dtype=np.int32)])
     return RowPlan(turn, feed, committed, 1 + len(draft), draft)
@@ -168,6 +171,17 @@ def _extend_row(turn: Turn, share: int) -> RowPlan:
     return RowPlan(turn, feed, committed, 1 if is_last else 0, [])
 
 
+def describe(rows: Sequence[RowPlan]) -> str:
+    """Says what kind of step computes these rows, for people: "verify 5 rows"."""
+    num_rows = sum(len(row.feed_ids) for row in rows)
+    if any(row.num_prompt_rows for row in rows):
+        kind = "prefill"
+    else:
+        kind = "verify" if any(row.draft for row in rows) else "decode"
+    return f"{kind} {num_rows} {'row' if num_rows == 1 else 'rows'}"
+
+
+@traced("build_batch")
 def build_batch(rows: Sequence[RowPlan], cache: KVCache) -> Batch:
     """Makes the tensors of a step whose rows are reserved in the cache."""
     query_lens = [len(row.feed_ids) for row in rows]

@@ -22,6 +22,7 @@ from stateful_kv.ledger import TokenArray, TurnRecord
 from stateful_kv.receipts import Reply
 from stateful_kv.sampling import Sampler, draw_seed
 from stateful_kv.stopping import StopRules
+from stateful_kv.tracing import traced
 from stateful_kv.turn import SessionState, Turn, TurnRequest
 
 
@@ -101,6 +102,7 @@ class Session:
         """True while a turn runs or its stream was not read to the end."""
         return self._state.turn is not None
 
+    @traced("turn")
     def turn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
         """Appends a message and generates the reply.
 
@@ -277,6 +279,7 @@ class Session:
                 )
         return TurnRequest(_as_messages(message), max_tokens, params)
 
+    @traced("render")
     def _render(self, request: TurnRequest) -> TokenArray:
         """Tokens of the new messages alone: the history is never rendered again."""
         ledger = self._state.ledger

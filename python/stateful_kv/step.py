@@ -18,7 +18,8 @@ from stateful_kv.cache import KVCache
 from stateful_kv.config import ModelConfig
 from stateful_kv.drafting import Candidate, Choice, verify
 from stateful_kv.errors import OutOfPagesError
-from stateful_kv.plan import Planner, RowPlan, admissible, build_batch
+from stateful_kv.plan import Planner, RowPlan, admissible, build_batch, describe
+from stateful_kv.tracing import span, traced
 from stateful_kv.turn import Turn, TurnPhase
 
 
@@ -78,6 +79,7 @@ class Stepper:
             for row in one.rows:
                 self._end_row(row, one.seconds, host_s)
 
+    @traced("reserve")
     def _reserve(self, rows: Sequence[RowPlan]) -> list[RowPlan]:
         """Makes room for each row; where there is none, first its draft goes, then its turn.
 
@@ -118,7 +120,9 @@ class Stepper:
         began_at = time.perf_counter()
         try:
             with torch.inference_mode():
-                logits = self._model.forward(build_batch(rows, self._cache), self._cache)
+                batch = build_batch(rows, self._cache)
+                with span("forward", lambda: describe(rows)):
+                    logits = self._model.forward(batch, self._cache)
             return [_Pass(rows, logits, time.perf_counter() - began_at)]
         except Exception as error:
             if len(rows) > 1:
@@ -126,6 +130,7 @@ class Stepper:
             rows[0].turn.fail(error)
             return []
 
+    @traced("commit")
     def _commit(self, row: RowPlan, choice: Choice) -> None:
         """Makes the row's tokens part of session and cache: the only place lengths move."""
         turn, state = row.turn, row.turn.state
@@ -156,6 +161,7 @@ class Stepper:
             turn.fail(error)  # caught half-way, whoever was interrupted
             raise
 
+    @traced("end_row")
     def _end_row(self, row: RowPlan, forward_s: float, host_s: float) -> None:
         """Writes the step into the turn's receipt; closes the books of a finished turn."""
         turn = row.turn
@@ -178,6 +184,7 @@ class Stepper:
                 raise
 
 
+@traced("verify")
 def _verify(one: _Pass) -> list[Choice]:
     """Chooses tokens for the rows of a pass that asked for logits; no tokens for the others."""
     asking = [row for row in one.rows if row.num_logit_rows]

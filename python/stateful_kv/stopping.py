@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+from stateful_kv.tracing import traced
+
 
 class StreamDecoder(Protocol):
     """Turns tokens into text one by one; never gives half a character."""
@@ -76,6 +78,7 @@ class StopRules:
         self._stop_token_ids = stop_token_ids
         self._finder = StopStringFinder(stops)
 
+    @traced("detokenise")
     def push(self, token_id: int) -> tuple[str, bool]:
         """Takes the next token; returns the text to show now and whether the reply ends here."""
         if token_id in self._stop_token_ids:

@@ -23,6 +23,7 @@ from stateful_kv.receipts import (
 )
 from stateful_kv.sampling import Sampler
 from stateful_kv.stopping import StopRules
+from stateful_kv.tracing import traced
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ class Turn:
         """Tokens the reply may still get."""
         return min(self.max_tokens - len(self.output), self.context_len - len(self.state.ledger))
 
+    @traced("admit")
     def admit(self) -> None:
         """Binds a sequence; from here on the turn has rows in every step."""
         self.state.bind()
