@@ -1,11 +1,11 @@
-"""The command line: ``stateful-kv run``, ``stateful-kv demo`` and ``stateful-kv info``."""
+"""The command line: ``stateful-kv run``, ``profile``, ``demo`` and ``info``."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +46,18 @@ ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads (default: what torch chooses).")
 ]
 KvTokensOption = Annotated[int, typer.Option(min=64, help="Capacity of the KV pool, in tokens.")]
+WorkflowArgument = Annotated[
+    str, typer.Argument(metavar="WORKFLOW.json|NAME", help="A file, or a shipped workflow.")
+]
+IgnoreEosOption = Annotated[
+    bool, typer.Option("--ignore-eos", help="Always generate --max-tokens tokens.")
+]
+NoDraftOption = Annotated[
+    bool, typer.Option("--no-draft", help="Generate without drafts (same tokens, other time).")
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="OUT", help="Write the result as JSON; - prints.")
+]
 
 
 @contextmanager
@@ -97,35 +109,23 @@ def _meta(file: WorkflowFile, model: str, options: ReplayOptions) -> dict[str, A
 
 @app.command()
 def run(
-    workflow: Annotated[
-        str, typer.Argument(metavar="WORKFLOW.json|NAME", help="A file, or a shipped workflow.")
-    ],
+    workflow: WorkflowArgument,
     model: ModelOption = "smollm2",
     max_tokens: MaxTokensOption = 48,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Always generate --max-tokens tokens.")
-    ] = False,
+    ignore_eos: IgnoreEosOption = False,
     stateless: Annotated[
         bool, typer.Option("--stateless", help="Forget everything between turns (the baseline).")
     ] = False,
-    no_draft: Annotated[
-        bool, typer.Option("--no-draft", help="Generate without drafts (same tokens, other time).")
-    ] = False,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", metavar="OUT", help="Write the rows as JSON; - prints.")
-    ] = None,
+    no_draft: NoDraftOption = False,
+    json_out: JsonOption = None,
     threads: ThreadsOption = None,
     kv_tokens: KvTokensOption = 65536,
 ) -> None:
     """Replay a workflow file and show one row per turn."""
     with _user_errors():
         file = load_workflow(workflow)
-        to_stdout = json_out == Path("-")
-        if json_out is not None and not to_stdout:
-            json_out.parent.mkdir(parents=True, exist_ok=True)
-            # Opened before the run, so that a bad path is found before minutes are spent.
-            json_out.open("a", encoding="utf-8").close()
-        console = Console(stderr=to_stdout)
+        _require_writable(json_out)
+        console = Console(stderr=json_out == Path("-"))
         with console.status(f"loading {escape(model)}"):
             engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads)
         options = ReplayOptions(max_tokens, ignore_eos, stateless, not no_draft)
@@ -139,12 +139,26 @@ def run(
             "summary": summarize(rows),
             "turns": [row.to_json() for row in rows],
         }
-        if to_stdout:
-            json.dump(result, sys.stdout, indent=1)
-            sys.stdout.write("\n")
-        elif json_out is not None:
-            json_out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            console.print(f"[dim]wrote {escape(str(json_out))}")
+        _write_json(result, json_out, console)
+
+
+def _require_writable(*outputs: Path | None) -> None:
+    """Opens the files before the run, so that a bad path is found before minutes are spent."""
+    paths = [path for path in outputs if path is not None and path != Path("-")]
+    for index, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a", encoding="utf-8").close()
+        if any(path.samefile(other) for other in paths[:index]):
+            raise InvalidRequestError(f"expected a file for each output, got {path} twice")
+
+
+def _write_json(result: dict[str, Any], out: Path | None, console: Console) -> None:
+    if out == Path("-"):
+        json.dump(result, sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    elif out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        console.print(f"[dim]wrote {escape(str(out))}")
 
 
 _COLUMNS = (
@@ -210,6 +224,67 @@ def _print_summary(summary: dict[str, Any], console: Console) -> None:
             f"{summary['accepted_tokens']:,} of {summary['drafted_tokens']:,} drafts accepted"
         )
     console.print("; ".join(parts), style="bold", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def profile(
+    workflow: WorkflowArgument,
+    model: ModelOption = "smollm2",
+    max_tokens: MaxTokensOption = 48,
+    turns: Annotated[
+        int | None, typer.Option(min=1, help="Only the first turns of the file (default: all).")
+    ] = None,
+    ignore_eos: IgnoreEosOption = False,
+    no_draft: NoDraftOption = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a Chrome trace (chrome://tracing, Perfetto)."),
+    ] = None,
+    json_out: JsonOption = None,
+    threads: ThreadsOption = None,
+    kv_tokens: KvTokensOption = 65536,
+) -> None:
+    """Replay a workflow file and show where each millisecond of its steps goes.
+
+    Each turn runs twice, recorded op by op and not: on two engines that share the weights and have
+    a KV pool each.
+    """
+    from stateful_kv.profile_events import TraceWriter
+    from stateful_kv.profile_report import summarize_profile, table_lines
+    from stateful_kv.profiling import profile_workflow
+
+    with _user_errors():
+        file = load_workflow(workflow)
+        if trace == Path("-"):
+            raise InvalidRequestError("--trace: expected the path of a file, got -")
+        _require_writable(trace, json_out)
+        console = Console(stderr=json_out == Path("-"))
+        with console.status(f"loading {escape(model)}"):
+            engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads)
+        options = ReplayOptions(max_tokens, ignore_eos, draft=not no_draft)
+        try:
+            opened = nullcontext() if trace is None else TraceWriter.open(trace, file.name)
+            with console.status("profiling") as status, opened as writer:
+                found = profile_workflow(
+                    engine,
+                    file,
+                    options,
+                    num_turns=turns,
+                    trace=writer,
+                    on_turn=lambda row: status.update(f"profiling: {row.turn + 1} turns done"),
+                )
+            meta = {**_meta(file, model, options), "format": "stateful-kv-profile/1"}
+        finally:
+            engine.close()
+        summary = summarize_profile(found)
+        for line in table_lines(summary):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if trace is not None:
+            console.print(f"[dim]wrote {escape(str(trace))}")
+        _write_json({"meta": meta, **summary}, json_out, console)
+    if not summary["tokens_equal"]:
+        typer.echo("stateful-kv: error: the replies differ under the recorder", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
