@@ -10,6 +10,7 @@ import os
 import random
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("SKV_REQUIRE_CUDA") == "1":
         pytest.fail(f"SKV_REQUIRE_CUDA=1, but {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tests, and the processes they start, leave the user's cache folder alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STATEFUL_KV_CACHE_DIR", str(folder))
+        yield folder
 
 
 @pytest.fixture(autouse=True)

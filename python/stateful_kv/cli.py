@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stateful_kv import report
+from stateful_kv import cost_file, report
 from stateful_kv._native import build_info
 from stateful_kv.errors import InvalidRequestError, StatefulKVError
 from stateful_kv.workflow import (
@@ -326,7 +326,7 @@ def demo(
 
 @app.command()
 def info() -> None:
-    """Show the version, how the extension was built, and the machine it runs on."""
+    """Show the version, how the extension was built, the machine, and cost curves stored for it."""
     with _user_errors():
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
@@ -334,6 +334,9 @@ def info() -> None:
             for key, value in section.items():
                 shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
                 table.add_row(key.replace("_", " "), str(shown))
+        for setup, curve in cost_file.stored_here():
+            name = f"{setup.get('shape')}, {setup.get('kv_dtype')} KV"
+            table.add_row("cost curve", f"{name}: {curve}")
         Console().print(table, highlight=False)
 
 

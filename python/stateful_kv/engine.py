@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 from stateful_kv.cache import DTYPES, KVCache
+from stateful_kv.calibrate import CostChoice, Costs
 from stateful_kv.config import EngineConfig, SamplingParams
 from stateful_kv.drafting import Drafter
 from stateful_kv.errors import (
@@ -39,7 +40,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, config: EngineConfig | None = None
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        cost_curve: CostChoice = "auto",
     ) -> None:
         """Allocates the KV cache.
 
@@ -47,6 +53,9 @@ class Engine:
             model: computes logits.
             tokenizer: renders messages and decodes tokens.
             config: sizes; None takes the defaults.
+            cost_curve: by which the length of drafts is chosen. "auto" takes the one stored for
+                this machine and model, else measures one when the first session that drafts is
+                opened and stores it; "measure" does so anew.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -64,6 +73,7 @@ class Engine:
         self.cache.holders = self._holders
         self.vocab_size = shape.vocab_size
         self.context_len = shape.max_position
+        self.costs = Costs(model, config, cost_curve)
         self._stepper = Stepper(model, self.cache, Planner(config.max_batch_tokens))
         self._sessions: dict[int, SessionState] = {}
         self._turns: list[Turn] = []
@@ -84,6 +94,7 @@ class Engine:
         weight_format: str = "auto",
         draft: bool = True,
         max_batch_tokens: int = 1024,
+        cost_curve: CostChoice = "auto",
     ) -> Engine:
         """Loads a model and makes an engine for it.
 
@@ -95,6 +106,7 @@ class Engine:
             weight_format: "auto", "int8", "int4" or "fp32".
             draft: propose tokens from the session's own text; changes nothing but time.
             max_batch_tokens: rows of one forward pass.
+            cost_curve: "auto", "measure" or a CostCurve; see `Engine`.
 
         Raises:
             ModelNotFoundError: nothing of that name.
@@ -111,7 +123,7 @@ class Engine:
             draft=draft,
         )
         loaded = load_model(name, weight_format=weight_format)
-        return cls(loaded.model, loaded.tokenizer, config)
+        return cls(loaded.model, loaded.tokenizer, config, cost_curve=cost_curve)
 
     def __enter__(self) -> Engine:
         return self
@@ -153,12 +165,14 @@ class Engine:
             require_type(f"tools[{index}]", tool, Mapping, "a dict")
         with self.guard():
             self._num_named += 1
-            drafting = self.config.draft if draft is None else draft
+            drafter = None
+            if (self.config.draft if draft is None else draft) and self.config.max_draft:
+                drafter = Drafter(self.config.max_draft, self.costs.curve())
             state = SessionState(
                 name=name if name is not None else f"session-{self._num_named}",
                 ledger=Ledger(),
                 cache=self.cache,
-                drafter=Drafter(self.config.max_draft) if drafting else None,
+                drafter=drafter,
                 last_used=self._stepper.num_steps,
             )
             self.register(state)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from stateful_kv.batch import Batch
 from stateful_kv.cache import KVCache
+from stateful_kv.drafting import StepLoad
 from stateful_kv.ledger import TokenArray
 from stateful_kv.tracing import span, traced
 from stateful_kv.turn import Turn, TurnPhase
@@ -119,9 +121,12 @@ class Planner:
         decoding = decoding[: budget - kept_for_extend]
         budget -= len(decoding)
         rows: dict[int, RowPlan] = {}
+        num_rows = len(decoding) + min(budget, sum(map(_num_uncomputed, extending)))
         for turn in decoding:
-            row = _row_or_fail(_decode_row, turn, budget - kept_for_extend)
+            load = StepLoad(len(decoding), num_rows)
+            row = _row_or_fail(partial(_decode_row, load=load), turn, budget - kept_for_extend)
             if row is not None:
+                num_rows += len(row.draft)
                 budget -= len(row.draft)
                 rows[id(turn)] = row
         by_need = sorted(extending, key=_num_uncomputed)
@@ -149,15 +154,16 @@ def _num_uncomputed(turn: Turn) -> int:
     return len(turn.state.ledger) - turn.state.committed_len
 
 
-def _decode_row(turn: Turn, max_draft: int) -> RowPlan:
+def _decode_row(turn: Turn, max_draft: int, load: StepLoad) -> RowPlan:
     state = turn.state
     committed = state.committed_len
     feed = state.ledger.tokens[committed:]
     draft: list[int] = []
     if state.drafter is not None:
         # The last token of a reply is never a draft token: a row of its own has to choose it.
+        limit = min(max_draft, turn.num_left - 1)
         with span("draft"):
-            draft = state.drafter.propose(state.ledger, min(max_draft, turn.num_left - 1))
+            draft = state.drafter.propose(state.ledger, limit, load)
     if draft:
         feed = np.concatenate([feed, np.array(draft, dtype=np.int32)])
     return RowPlan(turn, feed, committed, 1 + len(draft), draft)

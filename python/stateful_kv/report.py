@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from stateful_kv.machine import cpu_name, cpuinfo, num_cores
 from stateful_kv.workflow import TurnRow, shorten, summarize
 
 STATEFUL_COLOR = "#0b6e99"
@@ -39,12 +40,12 @@ def machine_info() -> dict[str, Any]:
     """CPU, threads, load and versions, as plain JSON data; no host name, user or path."""
     import torch
 
-    cpuinfo = _cpuinfo()
-    flags = set(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
+    fields = cpuinfo()
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
     return {
-        "cpu": cpuinfo.get("model name", platform.processor() or platform.machine()),
+        "cpu": cpu_name(),
         "cpu_flags": [flag for flag in CPU_FLAGS if flag in flags],
-        "cores": _num_cores(),
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "python": platform.python_version(),
@@ -52,22 +53,6 @@ def machine_info() -> dict[str, Any]:
         "torch": torch.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-
-
-def _num_cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpuinfo() -> dict[str, str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def compare(stateful: list[TurnRow], stateless: list[TurnRow]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from stateful_kv import cli
+from stateful_kv import cli, cost_file
 from stateful_kv.config import EngineConfig
+from stateful_kv.costs import CostCurve
 from stateful_kv.engine import Engine
 from stateful_kv.errors import ModelNotFoundError
 from tests.cli.test_workflow import ROW_FIELDS
@@ -191,3 +192,19 @@ def test_relative_argv():
     argv = ["/usr/bin/stateful-kv", "run", "/etc/some/w.json", "--json=/etc/out.json", "-x"]
     expected = ["stateful-kv", "run", "w.json", "--json=out.json", "-x"]
     assert cli.report.relative_argv(argv) == expected
+
+
+def test_info_shows_the_curves_of_this_machine(invoke, tmp_path, monkeypatch):
+    monkeypatch.setenv(cost_file.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "cost curve" not in invoke("info").stdout
+    curve = CostCurve((1, 4), (0.0081, 0.0105), 2e-6, 5e-7)
+    key = {**cost_file.machine_key(), "shape": "llama 30x576", "kv_dtype": "float16"}
+    cost_file.store(key, curve)
+    cost_file.store({**key, "shape": "other machine", "cpu": "another"}, curve)
+    (tmp_path / "costs-damaged.json").write_text("{")
+    result = invoke("info")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("cost curve") == 1
+    assert "llama 30x576, float16 KV: ms by rows 1: 8.1, 4: 10.5;" in result.stdout
+    assert "2.5 with 1 row, 4 with 4" in result.stdout

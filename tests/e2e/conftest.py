@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from stateful_kv import cost_file
+from stateful_kv.calibrate import CostChoice
 from stateful_kv.config import EngineConfig
 from stateful_kv.engine import Engine
 from stateful_kv.models.llama import LlamaModel
-from tests.e2e.tiny import ByteTokenizer, Recorder, tiny_llama
+from tests.e2e.tiny import COSTS, ByteTokenizer, Recorder, tiny_llama
 
 MakeEngine = Callable[..., Engine]
 
@@ -34,10 +37,13 @@ def make_engine(llama: LlamaModel) -> Iterator[MakeEngine]:
     """Makes engines; after the test each must be consistent, and empty once all is closed."""
     engines: list[Engine] = []
 
-    def make(model: Any = None, tokenizer: Any = None, **config: Any) -> Engine:
+    def make(
+        model: Any = None, tokenizer: Any = None, cost_curve: CostChoice = COSTS, **config: Any
+    ) -> Engine:
         config = {"kv_tokens": 4096, "page_size": 16, **config}
         model = Recorder(llama if model is None else model)
-        engine = Engine(model, tokenizer or ByteTokenizer(), EngineConfig(**config))
+        tokenizer = tokenizer or ByteTokenizer()
+        engine = Engine(model, tokenizer, EngineConfig(**config), cost_curve=cost_curve)
         engines.append(engine)
         return engine
 
@@ -48,3 +54,11 @@ def make_engine(llama: LlamaModel) -> Iterator[MakeEngine]:
             engine.close()
         assert engine.cache.check_integrity() is None
         assert engine.cache.num_free_pages == engine.cache.num_pages
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, which does not exist yet."""
+    path = tmp_path / "new" / "cache"
+    monkeypatch.setenv(cost_file.FOLDER_VARIABLE, str(path))
+    return path

@@ -1,4 +1,4 @@
-"""Ledger, sampling, stop rules and draft policy without an engine."""
+"""Ledger, sampling, stop rules and drafter without an engine."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from stateful_kv.config import EngineConfig, SamplingParams
-from stateful_kv.drafting import MAX_MATCH, MIN_MATCH, Candidate, Drafter, DraftPolicy, verify
+from stateful_kv.drafting import Candidate, Drafter, verify
 from stateful_kv.ledger import Ledger
 from stateful_kv.sampling import BadLogitsError, Sampler, keyed_uniform
 from stateful_kv.stopping import StopRules, StopStringFinder
-from tests.e2e.tiny import FIRST_BYTE, ByteDecoder
+from tests.e2e.tiny import COSTS, FIRST_BYTE, ByteDecoder
 
 NO_PROMPT = np.empty(0, dtype=np.int32)
 
@@ -212,37 +212,10 @@ class TestStopping:
         assert rules.push(70) == ("n", True)
 
 
-class TestDraftPolicy:
-    def test_backs_off_and_comes_back(self) -> None:
-        policy = DraftPolicy(max_draft=7)
-        assert policy.draft_len(MIN_MATCH - 1) == 0
-        first = policy.draft_len(MAX_MATCH)
-        assert first >= 3
-        for _ in range(30):
-            length = policy.draft_len(MAX_MATCH)
-            if length:
-                policy.observe(MAX_MATCH, length, 0)
-        lengths = [policy.draft_len(MAX_MATCH) for _ in range(40)]
-        assert max(lengths) == 1
-        assert sum(lengths) == 40 // policy.PROBE_EVERY
-        for _ in range(40):
-            length = policy.draft_len(MAX_MATCH)
-            if length:
-                policy.observe(MAX_MATCH, length, length)
-        assert policy.draft_len(MAX_MATCH) >= first
-
-    def test_never_longer_than_allowed(self) -> None:
-        for max_draft in (0, 1, 2, 20):
-            policy = DraftPolicy(max_draft)
-            for _ in range(50):
-                policy.observe(8, 3, 3)
-            assert policy.draft_len(8) <= max_draft
-
-
 class TestDrafter:
     def test_follows_the_ledger(self) -> None:
         ledger = Ledger([1, 2, 3, 4, 5, 9, 9, 1, 2, 3])
-        drafter = Drafter(max_draft=7)
+        drafter = Drafter(7, COSTS)
         assert drafter.propose(ledger, 2) == [4, 5]
         assert drafter.propose(ledger, 0) == []
         fork, copy = drafter.fork(), ledger.copy()

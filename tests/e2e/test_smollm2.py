@@ -15,7 +15,7 @@ from stateful_kv.config import EngineConfig
 from stateful_kv.engine import Engine
 from stateful_kv.models.loading import LoadedModel, load_model
 from stateful_kv.session import Session
-from tests.e2e.tiny import Recorder, rows_from_scratch
+from tests.e2e.tiny import COSTS, Recorder, rows_from_scratch
 
 SYSTEM = "You are a careful assistant. You answer with one JSON object and nothing else."
 MESSAGES = (
@@ -44,6 +44,7 @@ def make(smollm2: LoadedModel, set_num_threads: Callable[[int], None]) -> Iterat
             Recorder(smollm2.model),
             smollm2.tokenizer,
             EngineConfig(**{"kv_tokens": 2048, **config}),
+            cost_curve=COSTS,
         )
         engines.append(engine)
         return engine

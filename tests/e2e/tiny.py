@@ -13,6 +13,7 @@ from stateful_kv import quantize
 from stateful_kv.batch import Batch
 from stateful_kv.cache import KVCache
 from stateful_kv.config import ModelConfig
+from stateful_kv.costs import CostCurve
 from stateful_kv.errors import InvalidRequestError
 from stateful_kv.models.llama import LayerWeights, Linear, LlamaModel, LlamaWeights
 from stateful_kv.models.rope import cos_sin_table, inverse_frequencies
@@ -20,6 +21,8 @@ from stateful_kv.models.rope import cos_sin_table, inverse_frequencies
 END = 0
 ROLES = {"system": 1, "user": 2, "assistant": 3, "tool": 4}
 FIRST_BYTE = 8
+# Shaped like that of a real small model; given, so that no test depends on the machine.
+COSTS = CostCurve((1, 2, 4, 8), (8e-3, 8.6e-3, 10e-3, 16e-3), 2e-6, 4e-7)
 VOCAB_SIZE = 272  # the last tokens stand for no byte, as in padded vocabularies
 
 
@@ -188,7 +191,7 @@ class Scripted(StubModel):
     def __init__(self, script: Sequence[int | None], max_position: int = 1 << 20) -> None:
         super().__init__(max_position)
         self.script = list(script)
-        self._starts: dict[int, int] = {}
+        self._starts: dict[int, list[int]] = {}
 
     def next_tokens(self, batch: Batch, cache: KVCache) -> list[int | None]:
         offsets = batch.query_offsets.tolist()
@@ -198,10 +201,14 @@ class Scripted(StubModel):
         for row in batch.logit_rows.tolist():
             sequence = next(s for s in range(len(offsets) - 1) if row < offsets[s + 1])
             first_page = int(batch.page_table[sequence, 0])
-            for before in range(offsets[sequence], row + 1):
+            begin = offsets[sequence]
+            # What a refused draft fed is fed anew.
+            starts = [s for s in self._starts.get(first_page, []) if s < positions[begin]]
+            for before in range(begin, row + 1):
                 if token_ids[before] == ROLES["assistant"]:
-                    self._starts[first_page] = positions[before]
-            index = positions[row] - self._starts[first_page]
+                    starts.append(positions[before])
+            self._starts[first_page] = starts
+            index = positions[row] - starts[-1]
             wanted.append(self.script[index % len(self.script)])
         return wanted
 
