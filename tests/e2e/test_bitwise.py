@@ -1,8 +1,8 @@
 """Whatever way a token was computed, its logits are the same bits.
 
 Cached or not, in chunks of any size, forked, rewound, drafted, batched with others, evicted and
-computed again, on one thread or two. Engines to compare with run without drafts, since rows of
-refused drafts belong to no text.
+computed again, on one thread, two or three. Engines to compare with run without drafts, since rows
+of refused drafts belong to no text.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def recorder(engine: Engine) -> Recorder:
 @pytest.mark.parametrize(
     ("kv_dtype", "num_threads", "max_batch_tokens"),
     [
-        *itertools.product(["float16"], [1, 2], [1, 7, 16, 1024]),
+        *itertools.product(["float16"], [1, 2, 3], [1, 7, 16, 1024]),
         *itertools.product(["float32", "bfloat16"], [1], [7, 1024]),
     ],
 )
@@ -56,6 +56,7 @@ def test_incremental_equals_from_scratch(
     engine = make_engine(kv_dtype=kv_dtype, max_batch_tokens=max_batch_tokens)
     session = engine.session(system="You are terse.")
     tokens = play(session)
+    set_num_threads(num_threads % 3 + 1)  # the thread count is no part of the result either
     expected = rows_from_scratch(llama, tokens, DTYPES[kv_dtype])
     rows = set(recorder(engine).rows)
     for turn in session.turns:
@@ -70,11 +71,20 @@ def test_page_size_does_not_matter(make_engine: MakeEngine, page_size: int) -> N
     assert recorder(one).rows == recorder(other).rows
 
 
-@pytest.mark.parametrize("sampling", SETTINGS)
-def test_drafts_change_nothing_but_steps(make_engine: MakeEngine, sampling: dict) -> None:
+@pytest.mark.parametrize(
+    ("sampling", "num_threads"), [*((s, 1) for s in SETTINGS), ({}, 2), ({}, 3), (PENALISED, 3)]
+)
+def test_drafts_change_nothing_but_steps(
+    make_engine: MakeEngine,
+    set_num_threads: Callable[[int], None],
+    sampling: dict,
+    num_threads: int,
+) -> None:
     drafted, plain = make_engine(draft=True), make_engine(draft=False)
     one, other = drafted.session("a"), plain.session("b")
-    assert play(one, **sampling) == play(other, **sampling)
+    expected = play(other, **sampling)
+    set_num_threads(num_threads)
+    assert play(one, **sampling) == expected
     assert one.turns == other.turns
     assert set(recorder(plain).rows) <= set(recorder(drafted).rows)
     assert one.num_cached_tokens == other.num_cached_tokens == one.num_tokens - 1

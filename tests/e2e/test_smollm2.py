@@ -1,7 +1,7 @@
 """The contract on the real model: tokens and logits are equal however they were computed.
 
 The tiny-model tests turn every knob; here the same equalities hold with real weights (4-bit and
-8-bit), real tokens and real drafts, on two threads.
+8-bit), real tokens and real drafts, on two threads unless a test says otherwise.
 """
 
 from __future__ import annotations
@@ -66,10 +66,16 @@ def rows_of(*engines: Engine) -> set[tuple[int, int, bytes]]:
     return {row for engine in engines for row in engine.model.rows}
 
 
-def test_incremental_equals_from_scratch(make: Make, smollm2: LoadedModel) -> None:
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_incremental_equals_from_scratch(
+    make: Make, smollm2: LoadedModel, set_num_threads: Callable[[int], None], num_threads: int
+) -> None:
+    """With state and drafts on so many threads, in one pass without either on another number."""
+    set_num_threads(num_threads)
     engine = make()
     session = engine.session(system=SYSTEM)
     tokens = play(session)
+    set_num_threads(num_threads % 3 + 1)
     expected = rows_from_scratch(smollm2.model, tokens, torch.float16)
     rows = rows_of(engine)
     positions = [p for turn in session.turns for p in range(turn.reply_start - 1, turn.end - 1)]

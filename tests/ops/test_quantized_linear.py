@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -100,21 +98,6 @@ def test_residual_is_added_last(device: torch.device, weight_format: str, rows: 
     bias = torch.randn(101, device=device)
     output = ops.quantized_linear(x, *parts, bias, 101, residual)
     assert_same_bits(output, run(x, packed, bias) + residual)
-
-
-@pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize("rows", [1, 7, 300])
-def test_thread_count_does_not_matter(
-    weight_format: str, rows: int, set_num_threads: Callable[[int], None]
-) -> None:
-    packed = random_weight(weight_format, 1024, 256)
-    x = torch.randn(rows, 256)
-    results = []
-    for threads in (1, 2, 3):
-        set_num_threads(threads)
-        results.append(run(x, packed))
-    assert_same_bits(results[1], results[0], "2 threads")
-    assert_same_bits(results[2], results[0], "3 threads")
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)

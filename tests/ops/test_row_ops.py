@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -65,16 +63,6 @@ def test_rms_norm_of_zeros_is_zero(device: torch.device) -> None:
     assert (ops.rms_norm(x, weight, 1e-5) == 0).all()
 
 
-def test_rms_norm_thread_count(set_num_threads: Callable[[int], None]) -> None:
-    x, weight = torch.randn(700, 576), torch.randn(576)
-    results = []
-    for threads in (1, 2, 3):
-        set_num_threads(threads)
-        results.append(ops.rms_norm(x, weight, 1e-5))
-    assert_same_bits(results[1], results[0])
-    assert_same_bits(results[2], results[0])
-
-
 @pytest.mark.isa
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 30.0])
@@ -123,13 +111,3 @@ def test_silu_mul_strided_and_empty(device: torch.device) -> None:
     assert_same_bits(ops.silu_mul(x), ops.silu_mul(x.contiguous()))
     assert_same_bits(ops.silu_mul(wide[::3, 7:41]), ops.silu_mul(x)[::3])
     assert ops.silu_mul(wide[:0]).shape == (0, 50)
-
-
-def test_silu_mul_thread_count(set_num_threads: Callable[[int], None]) -> None:
-    gate_up = torch.randn(500, 3072)
-    results = []
-    for threads in (1, 2, 3):
-        set_num_threads(threads)
-        results.append(ops.silu_mul(gate_up))
-    assert_same_bits(results[1], results[0])
-    assert_same_bits(results[2], results[0])
