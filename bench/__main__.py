@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import harness, report
 
-SUITES = ("ops", "state", "workflow")
+SUITES = ("ops", "state", "workflow", "quality")
 
 
 def _parser() -> argparse.ArgumentParser:

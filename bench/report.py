@@ -50,6 +50,8 @@ def line(result: dict[str, Any]) -> str:
         parts.append(f"{_comparison(result)} vs {result['peer_name']} {verdict}")
     if _fraction(result) != "-":
         parts.append(_fraction(result))
+    if "note" in result:
+        parts.append(result["note"])
     if "checks" in result:
         failed = [name for name, ok in result["checks"].items() if ok is False]
         parts.append("checks failed: " + ", ".join(failed) if failed else "all checks hold")
@@ -91,8 +93,9 @@ def markdown(document: dict[str, Any]) -> str:
     for result in document["results"]:
         ours = result["ours"]
         unit = result.get("unit", "call")
+        note = f": {result['note']}" if "note" in result else ""
         cells = (
-            title(result),
+            title(result) + note,
             seconds(ours["median"]),
             f"{seconds(ours['p10'])} - {seconds(ours['p90'])}",
             "" if unit == "call" else f"{result['ns_per_unit']:.3g} ns/{unit}",

