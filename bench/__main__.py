@@ -6,13 +6,14 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from bench import harness, report
 
-SUITES = ("ops", "state", "workflow", "quality")
+SUITES = ("ops", "state", "cpu_linear", "cpu_attention", "workflow", "quality")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,7 +23,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("suites", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES))
     run.add_argument("--smoke", action="store_true", help="tiny and quick: shows that it runs")
     run.add_argument("--device", default="cpu", choices=("cpu",))
-    run.add_argument("--peer", help="compare with this peer only; all: with every peer")
+    run.add_argument(
+        "--peer",
+        help="compare with this peer only (or these, with commas between); all: with every peer",
+    )
     run.add_argument("--only", help="only the cases whose name contains this")
     run.add_argument("--pairs", type=int, default=harness.MIN_PAIRS, help="pairs a case")
     run.add_argument("--threads", type=int, help="CPU threads")
@@ -48,14 +52,14 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             return 3
 
     def emit(result: dict[str, Any]) -> None:
-        document["results"].append(result)
+        document["skipped" if "skipped" in result else "results"].append(result)
         print(report.line(result), flush=True)
 
     for suite in args.suites:
         module = importlib.import_module(f"bench.suites.{suite}")
         module.run(settings, document["roofs"], emit)
     document["load_average_at_end"] = [round(value, 2) for value in os.getloadavg()]
-    if not document["results"]:
+    if not document["results"] and not document["skipped"]:
         print("bench: no case matches --only and --peer", file=sys.stderr)
         return 2
     if args.out is not None:
@@ -73,10 +77,15 @@ def main(argv: list[str] | None = None) -> int:
     except harness.CheckFailedError as error:
         print(f"bench: check failed: {error}", file=sys.stderr)
         return 1
+    except harness.PeerFailedError as error:
+        print(f"bench: peer failed: {error}", file=sys.stderr)
+        return 1
     except report.ReportError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
+    # So that peers in processes of their own are ended with the bench.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -35,7 +35,7 @@ class Settings:
 
     smoke: bool = False
     device: str = "cpu"
-    peer: str | None = None  # None: the first peer of each case; "all": every peer.
+    peer: str | None = None  # None: the first peer of each case; "all"; or names with commas.
     pairs: int = MIN_PAIRS
     sample_s: float = 0.01
     only: str | None = None  # Run only cases whose name contains this.
@@ -47,6 +47,10 @@ class Settings:
     @property
     def min_sample_s(self) -> float:
         return 0.0005 if self.smoke else self.sample_s
+
+    def asks_for(self, peer: str) -> bool:
+        """Whether this peer was named, or all were."""
+        return self.peer is not None and (self.peer == "all" or peer in self.peer.split(","))
 
     @property
     def cold_bytes(self) -> int:
@@ -70,9 +74,26 @@ class Check:
     tolerance: float = 0.0
     # Whether results are equal bit for bit to ours computed alone; None where that says nothing.
     bits_equal: bool | None = None
+    # Whether a model and its peer choose the same token from the last row; None elsewhere.
+    same_token: bool | None = None
 
 
 Call = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Stands for a peer that cannot run here; the reason is one line and says how to get it."""
+
+    reason: str
+
+
+class PeerMissingError(Exception):
+    """A peer cannot run here; the message is the reason that goes into the result file."""
+
+
+class PeerFailedError(Exception):
+    """A peer that ran stopped doing so; the message is one line."""
 
 
 @dataclass
@@ -82,12 +103,17 @@ class Trial:
     ours: Call
     work: Work
     check: Callable[[str], Check]  # given the peer's name, or "" where there is no peer
-    peers: dict[str, Call] = field(default_factory=dict)
+    peers: dict[str, Call | Missing] = field(default_factory=dict)
     rotations: int = 1
     rotation_bytes: int = 0
     calls_per_sample: int | None = None
     # Runs untimed after each sample: undoes what the calls changed.
     reset: Callable[[], None] | None = None
+    # Each sample waits until the other side's threads sleep, then wakes its own with a call that
+    # `reset` undoes. None: unless `calls_per_sample` gives each call its place in the sample.
+    warm_up: bool | None = None
+    # More about ours or the peer for the result file, asked for after the timing.
+    details: Callable[[str], dict[str, Any]] | None = None
     units: int = 1
     unit: str = "call"
 
@@ -165,6 +191,8 @@ def ratio_of(ours: list[float], peer: list[float]) -> dict[str, Any]:
 # Idle threads of an OpenMP runtime spin for some milliseconds after its last parallel region. Each
 # side waits until those of the other one sleep, or it would be timed on cores that are taken.
 SETTLE_S = 0.03
+# To wake its threads costs a call this long less than the clock can tell.
+LONG_CALL_S = 0.1
 
 
 class _Side:
@@ -174,13 +202,20 @@ class _Side:
         self._call = call
         self._trial = trial
         self._next = 0
+        self._last_s = 0.0
+        self._warms_up = trial.warm_up
+        if self._warms_up is None:
+            self._warms_up = trial.calls_per_sample is None
 
     def sample(self, calls: int) -> float:
         """Seconds a call, over `calls` calls."""
         call, rotations = self._call, self._trial.rotations
-        if self._trial.calls_per_sample is None:  # else each call has its place in the sample
+        if self._warms_up:
             time.sleep(SETTLE_S)
-            call(self._next % rotations)  # wakes this side's own threads
+            if self._last_s < LONG_CALL_S:
+                call(self._next % rotations)  # wakes this side's own threads
+                if self._trial.warm_up and self._trial.reset is not None:
+                    self._trial.reset()
         indices = [(self._next + i) % rotations for i in range(calls)]
         self._next += calls
         start = time.perf_counter()
@@ -189,7 +224,8 @@ class _Side:
         elapsed = time.perf_counter() - start
         if self._trial.reset is not None:
             self._trial.reset()
-        return elapsed / calls
+        self._last_s = elapsed / calls
+        return self._last_s
 
     def calibrate(self, min_s: float) -> int:
         """Calls that together take at least `min_s`; also the warm-up."""
@@ -210,7 +246,9 @@ def measure(trial: Trial, peer: str | None, settings: Settings) -> dict[str, Any
     if peer is None:
         samples = [ours.sample(calls) for _ in range(settings.num_pairs)]
         return {"calls_per_sample": calls, "ours": statistics_of(samples)}
-    other = _Side(trial.peers[peer], trial)
+    peer_call = trial.peers[peer]
+    assert not isinstance(peer_call, Missing)
+    other = _Side(peer_call, trial)
     peer_calls = other.calibrate(settings.min_sample_s)
     other.sample(peer_calls)
     pairs = [(ours.sample(calls), other.sample(peer_calls)) for _ in range(settings.num_pairs)]
@@ -248,7 +286,15 @@ def run_cases(
         if settings.only is not None and settings.only not in case.name:
             continue
         trial = case.setup(settings)
-        for peer in _chosen_peers(trial, settings):
+        chosen = _chosen_peers(trial, settings)
+        missing = {name: peer for name, peer in trial.peers.items() if isinstance(peer, Missing)}
+        for name in chosen:
+            if name in missing:
+                emit(skipped(suite, case.name, case.axes, name, missing[name].reason))
+        runnable = [name for name in chosen if name not in missing]
+        if chosen and not runnable:
+            runnable = [None]  # No peer that was asked for can run: ours is timed alone.
+        for peer in runnable:
             check = trial.check(peer or "")
             if not check.ok:
                 other = peer or "the rule"
@@ -275,17 +321,25 @@ def run_cases(
                     "ns_per_unit": seconds * 1e9 / trial.units,
                     "floor": {**floor, "fraction": floor["seconds"] / seconds},
                     **timing,
+                    **({} if trial.details is None else {"details": trial.details(peer or "")}),
                 }
             )
 
 
+def skipped(
+    suite: str, name: str, axes: dict[str, Any], peer: str | None, reason: str
+) -> dict[str, Any]:
+    """What is emitted instead of a result where a peer cannot run."""
+    return {"suite": suite, "name": name, "axes": axes, "peer_name": peer, "skipped": reason}
+
+
 def _chosen_peers(trial: Trial, settings: Settings) -> list[str | None]:
-    names = list(trial.peers)
+    names: list[str | None] = list(trial.peers)
+    if settings.peer is None:
+        return names[:1] or [None]
     if settings.peer == "all":
-        return list(names) or [None]
-    if settings.peer is not None:
-        return [name for name in names if name == settings.peer]
-    return [names[0]] if names else [None]
+        return names or [None]
+    return [name for name in names if name is not None and settings.asks_for(name)]
 
 
 def git_state() -> dict[str, Any]:
@@ -324,4 +378,5 @@ def document(suites: list[str], settings: Settings, argv: list[str]) -> dict[str
         "clock": "time.perf_counter (monotonic)",
         "roofs": roofs.measure(settings.smoke),
         "results": [],
+        "skipped": [],
     }

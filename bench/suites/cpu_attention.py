@@ -1,9 +1,15 @@
-"""paged_attention of one layer over a permuted page table, rotating over layers."""
+"""Suite `cpu_attention`: paged_attention of one layer over a permuted page table.
+
+Calls go round more layers than the caches hold, so K and V come from memory. The peer is torch's
+scaled dot product attention over the same values, contiguous and in float32, or in the dtype asked
+for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +19,19 @@ from bench.harness import Case, Settings, Trial, Work
 from bench.peers import torch_sdpa
 from bench.suites import shapes
 from stateful_kv import ops
+
+ROWS = (1, 4, 16, 64, 512)
+CONTEXTS = (1024, 2048, 6144, 8192)
+KV_DTYPES = {
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}
+PEERS = {
+    "torch_sdpa_fp32": torch.float32,
+    "torch_sdpa_fp16": torch.float16,
+    "torch_sdpa_bf16": torch.bfloat16,
+}
 
 
 def _contiguous(pool: Tensor, pages: Tensor, seq_len: int, dtype: torch.dtype) -> list[Tensor]:
@@ -24,12 +43,13 @@ def _contiguous(pool: Tensor, pages: Tensor, seq_len: int, dtype: torch.dtype) -
     return layers
 
 
-def _setup(num_rows: int, seq_len: int, settings: Settings) -> Trial:
-    kv_bytes = 2 * seq_len * shapes.NUM_KV_HEADS * shapes.HEAD_DIM * 2
+def _setup(num_rows: int, seq_len: int, kv_dtype: str, settings: Settings) -> Trial:
+    dtype = KV_DTYPES[kv_dtype]
+    kv_bytes = 2 * seq_len * shapes.NUM_KV_HEADS * shapes.HEAD_DIM * dtype.itemsize
     copies = shapes.rotations(kv_bytes, settings.cold_bytes)
     num_pages = -(-seq_len // shapes.PAGE_SIZE)
-    k_pool = shapes.kv_pool(copies, num_pages, torch.float16)
-    v_pool = shapes.kv_pool(copies, num_pages, torch.float16)
+    k_pool = shapes.kv_pool(copies, num_pages, dtype)
+    v_pool = shapes.kv_pool(copies, num_pages, dtype)
     pages = torch.randperm(num_pages).to(torch.int32)
     q = torch.randn(num_rows, shapes.NUM_HEADS, shapes.HEAD_DIM)
     scale = shapes.HEAD_DIM**-0.5
@@ -49,16 +69,14 @@ def _setup(num_rows: int, seq_len: int, settings: Settings) -> Trial:
         k, v = layers[index]
         return ops.paged_attention(q, k, v, table, seq_lens, query_offsets, scale)
 
-    dtypes = {"torch_sdpa_fp32": torch.float32}
-    for name, dtype in (("torch_sdpa_fp16", torch.float16), ("torch_sdpa_bf16", torch.bfloat16)):
-        if settings.peer in ("all", name):
-            dtypes[name] = dtype
     mask = torch_sdpa.causal_mask(num_rows, seq_len)
     peers = {}
-    for name, dtype in dtypes.items():
-        keys = _contiguous(k_pool, pages, seq_len, dtype)
-        values = _contiguous(v_pool, pages, seq_len, dtype)
-        query = q.transpose(0, 1)[None].to(dtype).contiguous()
+    for name, peer_dtype in PEERS.items():
+        if name != "torch_sdpa_fp32" and not settings.asks_for(name):
+            continue
+        keys = _contiguous(k_pool, pages, seq_len, peer_dtype)
+        values = _contiguous(v_pool, pages, seq_len, peer_dtype)
+        query = q.transpose(0, 1)[None].to(peer_dtype).contiguous()
         peers[name] = partial(_run_sdpa, query, keys, values, mask, scale)
 
     def check(peer: str) -> harness.Check:
@@ -67,6 +85,7 @@ def _setup(num_rows: int, seq_len: int, settings: Settings) -> Trial:
         first = attend(q[:1], 0, seq_lens - num_rows + 1)
         bits = torch.equal(first, result[:1])
         expected = peers[peer](0)[0].transpose(0, 1).float()
+        # K and V are the pool's rounded values on both sides; the peer rounds all it computes.
         tolerance = 1e-4 if peer == "torch_sdpa_fp32" else 2e-2
         return harness.compare(result, expected, tolerance, bits)
 
@@ -94,10 +113,27 @@ def _run_sdpa(
     return torch_sdpa.sdpa(query, keys[index], values[index], mask, scale)
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Rows of a decode, a verify and a delta, by context."""
-    contexts = (256,) if settings.smoke else (1024, 4096, 8192)
-    for num_rows in (1, 4, 64):
-        for seq_len in contexts:
-            axes = {"rows": num_rows, "L": seq_len}
-            yield Case("paged_attention", axes, partial(_setup, num_rows, seq_len))
+def cases(
+    settings: Settings,
+    row_counts: Sequence[int] = ROWS,
+    contexts: Sequence[int] = CONTEXTS,
+    kv_dtypes: Sequence[str] = tuple(KV_DTYPES),
+) -> Iterator[Case]:
+    """Rows of a decode, a verify and a delta, by context; float16 first, the default."""
+    if settings.smoke:
+        row_counts, contexts = row_counts[:3], (512,)
+    for kv_dtype in kv_dtypes:
+        for num_rows in row_counts:
+            for seq_len in contexts:
+                axes = {"kv": kv_dtype, "rows": num_rows, "L": seq_len}
+                setup = partial(_setup, num_rows, seq_len, kv_dtype)
+                yield Case("paged_attention", axes, setup)
+
+
+def run(settings: Settings, roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
+    """Run the suite; the full grid in float16, its corners in the other dtypes."""
+    torch.manual_seed(0)
+    corners = cases(settings, (1, 16, 512), (2048, 8192), ("float32", "bfloat16"))
+    with torch.inference_mode():
+        grid = cases(settings, kv_dtypes=("float16",))
+        harness.run_cases("cpu_attention", [*grid, *corners], settings, roofs, emit)
