@@ -13,7 +13,7 @@ from typing import Any
 
 from bench import harness, report
 
-SUITES = ("ops", "state", "cpu_linear", "cpu_attention", "workflow", "quality")
+SUITES = ("ops", "state", "cpu_linear", "cpu_attention", "cpu_model", "workflow", "quality")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,123 @@
+"""A decode step of the engine, against the forward pass alone and against its kernels alone.
+
+The step has everything: planning, page reservation, the batch, the forward pass, sampling, commit,
+detokenising. Its peer `forward` is batch, forward pass and arg-max on the same context. The time in
+kernels is what the profiler counts inside our ops, so a kernel's time includes the allocation of
+its result and excludes the calls from Python; the profiler's own cost lies between the ops.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch.autograd.profiler import profile
+
+from bench.harness import Check, Settings, Trial, Work
+from bench.suites.model_sides import PAGE_SIZE, Sides
+from stateful_kv.config import EngineConfig
+from stateful_kv.engine import Engine
+
+NAMESPACE = "stateful_kv::"
+MAX_TEMPLATE = 64  # tokens that the chat template puts around the text, and then some
+
+
+class _DecodingTurn:
+    """An engine in the middle of a turn: each step appends one token.
+
+    Attributes:
+        session: its prompt is computed, its first tokens are chosen.
+    """
+
+    def __init__(self, sides: Sides, context: int, max_steps: int) -> None:
+        capacity = context + MAX_TEMPLATE + max_steps
+        config = EngineConfig(kv_tokens=-(-capacity // PAGE_SIZE) * PAGE_SIZE, page_size=PAGE_SIZE)
+        self._engine = Engine(sides.loaded.model, sides.loaded.tokenizer, config)
+        self.session = self._engine.session(system="", draft=False)
+        text = sides.loaded.tokenizer.decode(sides.tokens[: max(1, context)].tolist())
+        # Kept: to drop the stream would end the turn.
+        self._stream = self.session.stream(text, max_tokens=max_steps, ignore_eos=True)
+        next(self._stream)
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        start = time.perf_counter()
+        self._engine.step()
+        return time.perf_counter() - start
+
+    def kernels(self) -> dict[str, float]:
+        """Seconds that one more step spends inside each of our ops."""
+        with _quiet_stderr(), profile() as profiled:
+            self._engine.step()
+        return {
+            one.key.removeprefix(NAMESPACE): one.cpu_time_total * 1e-6
+            for one in profiled.key_averages()
+            if one.key.startswith(NAMESPACE)
+        }
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Some builds of the profiler write a line to stderr at each start and stop."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def _overhead(turn: _DecodingTurn, num_pairs: int) -> dict[str, Any]:
+    """Plain steps and profiled steps in turns: the share of a step that is not in kernels."""
+    by_op: dict[str, list[float]] = {}
+    steps, totals = [], []
+    for _ in range(num_pairs):
+        steps.append(turn.step())
+        found = turn.kernels()
+        totals.append(sum(found.values()))
+        for name, seconds in found.items():
+            by_op.setdefault(name, []).append(seconds)
+    pairs = zip(steps, totals, strict=True)
+    return {
+        "step_s": float(np.median(steps)),
+        "kernel_s": float(np.median(totals)),
+        "kernel_s_by_op": {name: float(np.median(values)) for name, values in by_op.items()},
+        "overhead_over_kernels": float(np.median([step / total - 1 for step, total in pairs])),
+        "num_pairs": num_pairs,
+    }
+
+
+def setup(context: int, sides: Sides, settings: Settings) -> Trial:
+    """A case of the suite `cpu_model`."""
+    # A pair of the timing and one of the overhead take two steps each; some more start it all.
+    turn = _DecodingTurn(sides, context, 4 * settings.num_pairs + 50)
+    length = turn.session.num_tokens
+
+    def forward(_index: int) -> None:
+        sides.ours.run(sides.tokens[length : length + 1], 1)
+
+    def check(_peer: str) -> Check:
+        sides.fill(sides.ours, length)
+        before = turn.session.num_tokens
+        turn.step()
+        return Check(turn.session.num_tokens == before + 1 and turn.session.is_busy)
+
+    def details(_peer: str) -> dict[str, Any]:
+        return {"context_at_start": length, **_overhead(turn, settings.num_pairs)}
+
+    return Trial(
+        ours=lambda _index: turn.step(),
+        peers={"forward": forward},
+        check=check,
+        work=Work(0),
+        calls_per_sample=1,
+        warm_up=True,
+        reset=lambda: sides.ours.truncate(length),
+        details=details,
+    )
