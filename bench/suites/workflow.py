@@ -3,17 +3,23 @@
 Three runs of the same workflow step side by side, each on an engine of its own over the same
 weights: with state, with everything forgotten between turns, and with state but without drafts. So
 each turn of one run is timed next to the same turn of the others, and their tokens can be compared.
+
+Other programs take part only where `--peer` names them: the server of llama.cpp, plain and with two
+of its drafters, and `transformers`. They answer with their own tokens, which stay in their history
+as ours do in ours, so after the first replies the conversations differ; replies are equally long.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench import harness
-from bench.harness import Settings
+from bench.harness import PeerMissingError, Settings
+from bench.peers.workflow_peers import PEERS, Turns
 from stateful_kv.config import EngineConfig
 from stateful_kv.engine import Engine
 from stateful_kv.models.loading import load_model
@@ -47,48 +53,93 @@ def _shortened(file: WorkflowFile, num_turns: int) -> WorkflowFile:
     return replace(file, workflows=(Workflow(first.agents, first.turns[:num_turns]),))
 
 
-def _play(file: WorkflowFile, max_tokens: int) -> dict[str, list[TurnRow]]:
+@dataclass
+class _Played:
+    """Rows of all runs of one workflow file, and what is known of the peers.
+
+    Attributes:
+        rows: by run; those of a peer may end early.
+        settings: how each peer was set up.
+        missing: peers that cannot run here, with the reason.
+    """
+
+    rows: dict[str, list[TurnRow]] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def _play(file: WorkflowFile, max_tokens: int, runs: list[str], peers: list[str]) -> _Played:
     loaded = load_model(MODEL)
     config = EngineConfig(kv_tokens=KV_TOKENS)
-    rows: dict[str, list[TurnRow]] = {name: [] for name in RUNS}
+    played = _Played()
     with ExitStack() as stack:
-        players = {}
-        for name, options in RUNS.items():
+        players: dict[str, Turns] = {}
+        for name in runs:
             engine = Engine(loaded.model, loaded.tokenizer, config)
             stack.callback(engine.close)
-            player = Player(engine, replace(options, max_tokens=max_tokens))
+            player = Player(engine, replace(RUNS[name], max_tokens=max_tokens))
             players[name] = stack.enter_context(closing(player.play(file)))
+        for name in peers:
+            try:
+                turns, played.settings[name] = PEERS[name](stack, loaded, file, max_tokens)
+            except PeerMissingError as error:
+                played.missing[name] = str(error)
+                continue
+            players[name] = stack.enter_context(closing(turns))
+        played.rows = {name: [] for name in players}
         for _ in range(file.num_turns):
             for name, turns in players.items():
-                rows[name].append(next(turns))
-    return rows
+                # Threads of the side before must sleep, as in the harness.
+                time.sleep(harness.SETTLE_S)
+                played.rows[name].extend(row for row in [next(turns, None)] if row is not None)
+    return played
 
 
 def checks(rows: dict[str, list[TurnRow]]) -> dict[str, bool]:
-    """What must hold before a time means anything."""
-    tokens = {name: [row.token_ids for row in run] for name, run in rows.items()}
-    excess = delta_excess(rows["stateful"]) + delta_excess(rows["no_draft"])
-    return {
-        "same_tokens_without_state": tokens["stateful"] == tokens["stateless"],
-        "same_tokens_without_drafts": tokens["stateful"] == tokens["no_draft"],
+    """What must hold of our own runs before a time means anything."""
+    ours = {name: rows[name] for name in RUNS if name in rows}
+    tokens = {name: [row.token_ids for row in run] for name, run in ours.items()}
+    excess = [extra for name in ours if name != "stateless" for extra in delta_excess(ours[name])]
+    held = {
         "computed_is_delta_or_one_more": all(0 <= extra <= 1 for extra in excess),
-        "stateless_reuses_nothing": all(row.reused_tokens == 0 for row in rows["stateless"]),
         "counts_add_up": all(
             row.reused_tokens + row.computed_tokens == row.prompt_tokens
-            for run in rows.values()
+            for run in ours.values()
             for row in run
+        ),
+    }
+    if "stateless" in ours:
+        held["same_tokens_without_state"] = tokens["stateful"] == tokens["stateless"]
+        held["stateless_reuses_nothing"] = all(row.reused_tokens == 0 for row in ours["stateless"])
+    if "no_draft" in ours:
+        held["same_tokens_without_drafts"] = tokens["stateful"] == tokens["no_draft"]
+    return held
+
+
+def peer_checks(ours: list[TurnRow], theirs: list[TurnRow]) -> dict[str, bool]:
+    """What must hold of a peer's turns before they may be paired with ours."""
+    first_prompts = {
+        (a.workflow, a.agent): a.prompt_tokens == b.prompt_tokens
+        for a, b in reversed(list(zip(ours, theirs, strict=True)))
+    }
+    return {
+        "first_prompts_are_as_long": all(first_prompts.values()),
+        "replies_are_as_long": all(
+            a.output_tokens == b.output_tokens for a, b in zip(ours, theirs, strict=True)
         ),
     }
 
 
-def _result(
-    name: str, peer: str, max_tokens: int, rows: dict[str, list[TurnRow]]
-) -> dict[str, Any]:
+def _result(name: str, peer: str, max_tokens: int, played: _Played) -> dict[str, Any]:
     """One result: later turns of the stateful run, paired with those of `peer`."""
+    theirs_all = played.rows[peer]
+    rows = {"stateful": played.rows["stateful"][: len(theirs_all)], peer: theirs_all}
     later = {run: [row.total_s for row in later_turns(rows[run])] for run in ("stateful", peer)}
     ours, theirs = harness.statistics_of(later["stateful"]), harness.statistics_of(later[peer])
     target = TARGETS.get(name) if peer == "stateless" else None
-    held = checks(rows)
+    held = checks(played.rows)
+    if peer in PEERS:
+        held |= peer_checks(rows["stateful"], rows[peer])
     ratio_of_medians = theirs["median"] / ours["median"]
     return {
         "suite": "workflow",
@@ -97,7 +148,11 @@ def _result(
         "peer_name": peer,
         "model": MODEL,
         "kv_tokens": KV_TOKENS,
+        "peer_setting": played.settings.get(peer),
         "checks": held,
+        "num_equal_replies": sum(
+            a.text == b.text for a, b in zip(rows["stateful"], rows[peer], strict=True)
+        ),
         "ours": ours,
         "peer": theirs,
         "ratio": harness.ratio_of(later["stateful"], later[peer]),
@@ -115,8 +170,23 @@ def _result(
     }
 
 
+def _chosen(settings: Settings) -> tuple[list[str], list[str], list[str]]:
+    """Our runs, those of them that are compared, and the peers."""
+    peers = [name for name in PEERS if settings.asks_for(name)]
+    compared = [
+        name
+        for name in RUNS
+        if name != "stateful" and (settings.peer is None or settings.asks_for(name))
+    ]
+    # Where our runs are compared at all, all of them check each other.
+    return list(RUNS) if compared else ["stateful"], compared, peers
+
+
 def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
     """Run the suite; a broken check is an error, as no timing counts then."""
+    runs, compared, peers = _chosen(settings)
+    if not compared and not peers:
+        return
     for name in ("demo",) if settings.smoke else WORKFLOWS:
         if settings.only is not None and settings.only not in name:
             continue
@@ -124,10 +194,12 @@ def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, An
         max_tokens = 48
         if settings.smoke:
             file, max_tokens = _shortened(file, 5), 8
-        rows = _play(file, max_tokens)
-        broken = [check for check, holds in checks(rows).items() if not holds]
-        if broken:
-            raise harness.CheckFailedError(f"workflow: {name}: {', '.join(broken)}")
-        for peer in ("stateless", "no_draft"):
-            if settings.peer in (None, "all", peer):
-                emit(_result(name, peer, max_tokens, rows))
+        played = _play(file, max_tokens, runs, peers)
+        for peer, reason in played.missing.items():
+            emit(harness.skipped("workflow", "later_turn", {"workflow": name}, peer, reason))
+        for peer in (*compared, *(one for one in peers if one in played.rows)):
+            result = _result(name, peer, max_tokens, played)
+            broken = [check for check, holds in result["checks"].items() if not holds]
+            if broken:
+                raise harness.CheckFailedError(f"workflow: {name}: {peer}: {', '.join(broken)}")
+            emit(result)
