@@ -76,7 +76,7 @@ format: env ## rewrite the sources in the project's style
 	clang-format -i $(CPP_SOURCES)
 
 bench-smoke: env ## every bench suite on its smallest case
-	python -m bench run ops state workflow quality --smoke
+	python -m bench run ops state cpu_linear cpu_attention cpu_model workflow quality --smoke
 
 cuda-check: env ## compile the CUDA sources, if nvcc is there (no GPU needed)
 	scripts/check_cuda.sh
