@@ -97,6 +97,7 @@ class LlamaCppContext:
 
     Attributes:
         length: tokens that have KV.
+        about: version and instruction sets of the library.
     """
 
     def __init__(
@@ -124,6 +125,10 @@ class LlamaCppContext:
         self._wanted = np.ctypeslib.as_array(self._batch.logits, (MAX_BATCH,))
         self._num_logits = 0
         self.length = 0
+        self.about = {
+            "llama_cpp_python": str(library.__version__),
+            "system_info": library.llama_print_system_info().decode().strip(" |"),
+        }
 
     def run(self, tokens: Tensor, num_logits: int) -> Tensor:
         """Appends tokens int64[N]; returns the likeliest next token of each of the last rows."""

@@ -61,6 +61,7 @@ class LlamaServer:
 
     Attributes:
         arguments: its command line without program, model and port, for the result file.
+        build: what it says of its version.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class LlamaServer:
         )
         try:
             self._wait()
+            properties = json.loads(self._request("GET", "/props", None)[1])
+            self.build = str(properties.get("build_info"))
         except BaseException:
             self.close()
             raise

@@ -86,13 +86,16 @@ class TransformersContext:
 
     Attributes:
         length: tokens that have KV.
+        about: version of the library.
     """
 
     def __init__(self, model: Any) -> None:
+        transformers = importlib.import_module("transformers")
         self._model = model
-        self._cache = importlib.import_module("transformers").DynamicCache()
+        self._cache = transformers.DynamicCache()
         self._logits = torch.empty(0)
         self.length = 0
+        self.about = {"transformers": str(transformers.__version__)}
 
     def run(self, tokens: Tensor, num_logits: int) -> Tensor:
         """Appends tokens int64[N]; returns the likeliest next token of each of the last rows."""

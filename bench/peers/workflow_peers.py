@@ -31,7 +31,8 @@ def _start_llama_server(
             llama_server.SETTINGS[name],
         )
     )
-    return llama_server.play(server, file, max_tokens), {"arguments": server.arguments}
+    setting = {"arguments": server.arguments, "build": server.build}
+    return llama_server.play(server, file, max_tokens), setting
 
 
 def _start_transformers(

@@ -102,7 +102,11 @@ def _setup(kind: str, num_rows: int, context: int, sides: Sides, settings: Setti
             sides.fill(one, context)
         setting, seconds = best_setting(found, call, context)
         chosen[name] = found[setting]
-        details[name] = {"peer_setting": setting, "seconds_by_setting": seconds}
+        details[name] = {
+            "peer_setting": setting,
+            "seconds_by_setting": seconds,
+            **found[setting].about,
+        }
         peers[name] = lambda _index, side=found[setting]: call(side)
 
     def reset() -> None:

@@ -43,6 +43,16 @@ class Context(Protocol):
         """Drops the tokens from `length` on."""
 
 
+class PeerContext(Context, Protocol):
+    """One sequence of a peer.
+
+    Attributes:
+        about: what the peer is: versions, instruction sets.
+    """
+
+    about: dict[str, str]
+
+
 class OurContext:
     """Batch, forward and arg-max, as a step of the engine does them; no session around them."""
 
@@ -108,14 +118,14 @@ class Sides:
         self.tokens = real_model.text_ids(self.loaded, capacity)
         self.ours = OurContext(self.loaded, capacity)
         self._capacity = capacity
-        self._peers: dict[str, dict[str, Context] | Missing] = {}
+        self._peers: dict[str, dict[str, PeerContext] | Missing] = {}
         self._stack = ExitStack()
 
     def close(self) -> None:
         """Frees what the peers hold outside of Python."""
         self._stack.close()
 
-    def peer(self, name: str) -> dict[str, Context] | Missing:
+    def peer(self, name: str) -> dict[str, PeerContext] | Missing:
         """The contexts of a peer by setting, or why there are none."""
         if name not in self._peers:
             try:
@@ -125,12 +135,12 @@ class Sides:
                 self._peers[name] = Missing(str(error))
         return self._peers[name]
 
-    def _make_llama_cpp(self) -> dict[str, Context]:
+    def _make_llama_cpp(self) -> dict[str, PeerContext]:
         path = resolve(real_model.MODEL)
         llama_cpp_model.check_runs(path)
         model = llama_cpp_model.LlamaCppModel(path)
         self._stack.callback(model.close)
-        contexts: dict[str, Context] = {}
+        contexts: dict[str, PeerContext] = {}
         for flash_attention in (True, False):
             context = llama_cpp_model.LlamaCppContext(
                 model,
@@ -142,7 +152,7 @@ class Sides:
             contexts[f"flash attention {'on' if flash_attention else 'off'}, f16 KV"] = context
         return contexts
 
-    def _make_transformers(self) -> dict[str, Context]:
+    def _make_transformers(self) -> dict[str, PeerContext]:
         model = transformers_model.load(resolve(real_model.MODEL))
         return {"float32, DynamicCache, sdpa": transformers_model.TransformersContext(model)}
 
@@ -155,7 +165,7 @@ class Sides:
 
 
 def best_setting(
-    contexts: dict[str, Context], call: Callable[[Context], Any], length: int
+    contexts: dict[str, PeerContext], call: Callable[[Context], Any], length: int
 ) -> tuple[str, dict[str, float]]:
     """The setting whose quickest call is quickest, and the seconds of each."""
     if len(contexts) == 1:

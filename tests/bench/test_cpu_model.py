@@ -70,7 +70,7 @@ def test_peers_agree(peer, tmp_path):
     for result in document["results"]:
         assert result["peer_name"] == peer
         assert result["check"]["same_token"] is True
-        assert result["details"]["peer_setting"]
+        assert {"peer_setting", "seconds_by_setting"} < set(result["details"])
 
 
 @NEEDS_WEIGHTS

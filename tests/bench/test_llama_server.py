@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.reply(200, {{"status": "ok"}})
+        self.reply(200, {{"status": "ok", "build_info": "b1"}})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -89,6 +89,7 @@ def test_plays_a_file_with_its_own_answers_as_history(program, tmp_path):
     assert (row.prompt_tokens, row.reused_tokens, row.computed_tokens) == (30, 20, 10)
     assert (row.drafted_tokens, row.accepted_tokens, row.output_tokens) == (4, 3, 8)
     assert row.ttft_s == 0.002 and row.total_s > 0 and row.turn == 2
+    assert server.build == "b1"
     assert "--model" not in server.arguments and str(tmp_path) not in " ".join(server.arguments)
 
 
