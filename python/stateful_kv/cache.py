@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import os
 from collections.abc import Callable, Collection, Sequence
 
@@ -19,6 +21,9 @@ DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
 }
+
+# Pools smaller than this stay in ordinary pages.
+HUGE_PAGE_BYTES = 2 << 20
 
 # Tenants, adapters and numerics get roots of their own once there are several of them.
 DEFAULT_ROOT_KEY = 0
@@ -270,12 +275,24 @@ def _make_pools(
             f"kv_tokens: expected a KV pool that fits into memory ({limit} bytes), got {size}"
         )
     try:
-        return (
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device),
-        )
-    except (RuntimeError, MemoryError) as error:
+        return _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+    except (RuntimeError, MemoryError, OSError) as error:
         raise InvalidRequestError(f"kv_tokens: expected less, got {size}: {error}") from error
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.zeros; on the CPU in huge pages where the system has them.
+
+    A decode step reads all pages of a long sequence, which lie all over the pool: with pages of
+    4 KiB many of those reads would wait for an address translation first.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or num_bytes < HUGE_PAGE_BYTES:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _physical_memory() -> int | None:

@@ -13,303 +13,14 @@
 // merge: Milakov & Gimelshein, arXiv 1805.02867; split over keys: Flash-Decoding.
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
-#include <limits>
 
-#include "csrc/kernels/cpu/isa/fma_tile.h"
+#include "csrc/kernels/cpu/isa/attention_tile.h"
 #include "csrc/kernels/cpu/isa/kernels.h"
 
 namespace skv::cpu::SKV_ISA_NS {
 namespace {
 
-constexpr int64_t kChunk = 256;      // positions; fixed, part of the numerics
-constexpr int64_t kMaxQueries = 48;  // query vectors of a tile: scores stay in the L2 cache
-constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxSplitItems = 16;  // with fewer tiles than this, threads share the chunks
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// Query vectors [first, first + count) of (sequence, KV head), numbered row * group + head.
-struct Tile {
-  int64_t sequence;
-  int64_t kv_head;
-  int64_t first;
-  int64_t count;
-};
-
-// The keys a query vector sees: positions [begin, end).
-struct Visible {
-  int64_t begin;
-  int64_t end;
-};
-
-// Result of one chunk or of a fold: maximum, sum of weights, weighted sum of values.
-struct State {
-  float* max;     // [count]
-  float* sum;     // [count]
-  float* values;  // [count, D]
-
-  static int64_t num_floats(int64_t count, int64_t head_dim) { return count * (2 + head_dim); }
-  static State in(float* memory, int64_t count) {
-    return {memory, memory + count, memory + 2 * count};
-  }
-};
-
-constexpr int64_t kMaxStateFloats = kMaxQueries * (2 + kMaxHeadDim);
-
-class TileWork {
- public:
-  TileWork(const PagedAttentionParams& p, const Tile& tile)
-      : p_(p),
-        tile_(tile),
-        group_(p.num_heads / p.layout.num_kv_heads),
-        head_dim_(p.layout.head_dim),
-        first_row_(p.query_offsets[tile.sequence]) {
-    const int64_t num_rows = p.query_offsets[tile.sequence + 1] - first_row_;
-    const int64_t first_position = p.seq_lens[tile.sequence] - num_rows;
-    begin_ = std::numeric_limits<int64_t>::max();
-    end_ = 0;
-    for (int64_t i = 0; i < tile.count; ++i) {
-      const int64_t position = first_position + (tile.first + i) / group_;
-      const int64_t begin =
-          p.sliding_window > 0 ? std::max<int64_t>(0, position + 1 - p.sliding_window) : 0;
-      visible_[i] = {begin, position + 1};
-      begin_ = std::min(begin_, begin);
-      end_ = std::max(end_, position + 1);
-      std::memcpy(query_ + i * head_dim_, query_vector(i),
-                  static_cast<size_t>(head_dim_) * sizeof(float));
-    }
-  }
-
-  int64_t first_chunk() const { return begin_ / kChunk; }
-  int64_t end_chunk() const { return (end_ + kChunk - 1) / kChunk; }
-
-  // Chunk result of every query vector; max is -infinity where no key of the chunk is visible.
-  void run_chunk(int64_t chunk, const State& state) const {
-    switch (p_.kv_dtype) {
-      case DType::kFloat32:
-        return run_chunk_as<LoadFloat32>(chunk, state);
-      case DType::kFloat16:
-        return run_chunk_as<LoadFloat16>(chunk, state);
-      case DType::kBFloat16:
-        return run_chunk_as<LoadBFloat16>(chunk, state);
-    }
-  }
-
-  // state <- state joined with the next chunk to the right.
-  void fold(const State& state, const State& next) const {
-    for (int64_t i = 0; i < tile_.count; ++i) {
-      if (visible_in(next, i)) fold_one(state, next, i);
-    }
-  }
-
-  void write_output(const State& state) const {
-    for (int64_t i = 0; i < tile_.count; ++i) {
-      const Vec sum = Vec::set1(state.sum[i]);
-      float* out = static_cast<float*>(p_.output) +
-                   ((first_row_ + row_of(i)) * p_.num_heads + head_of(i)) * head_dim_;
-      for (int64_t d = 0; d < head_dim_; d += Vec::kWidth) {
-        (Vec::load(state.values + i * head_dim_ + d) / sum).store(out + d);
-      }
-    }
-  }
-
-  static void clear(const State& state, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      state.max[i] = kMinusInfinity;
-      state.sum[i] = 0.0F;
-    }
-  }
-
- private:
-  int64_t row_of(int64_t i) const { return (tile_.first + i) / group_; }
-  int64_t head_of(int64_t i) const { return tile_.kv_head * group_ + (tile_.first + i) % group_; }
-  const float* query_vector(int64_t i) const {
-    return static_cast<const float*>(p_.query) + (first_row_ + row_of(i)) * p_.query_row_stride +
-           head_of(i) * p_.query_head_stride;
-  }
-  // An untouched state has sum 0; a chunk result has sum >= 1 (its largest weight is 1), or NaN.
-  static bool visible_in(const State& state, int64_t i) { return state.sum[i] != 0.0F; }
-
-  void fold_one(const State& state, const State& next, int64_t i) const {
-    float* to = state.values + i * head_dim_;
-    const float* from = next.values + i * head_dim_;
-    if (!visible_in(state, i)) {
-      state.max[i] = next.max[i];
-      state.sum[i] = next.sum[i];
-      std::memcpy(to, from, static_cast<size_t>(head_dim_) * sizeof(float));
-      return;
-    }
-    const float max_both = std::max(state.max[i], next.max[i]);
-    const Vec keep = exp(Vec::set1(state.max[i] - max_both));
-    const Vec add = exp(Vec::set1(next.max[i] - max_both));
-    float sum[Vec::kWidth];
-    fma(Vec::set1(state.sum[i]), keep, Vec::set1(next.sum[i]) * add).store(sum);
-    state.max[i] = max_both;
-    state.sum[i] = sum[0];
-    for (int64_t d = 0; d < head_dim_; d += Vec::kWidth) {
-      fma(Vec::load(to + d), keep, Vec::load(from + d) * add).store(to + d);
-    }
-  }
-
-  template <typename Load>
-  void run_chunk_as(int64_t chunk, const State& state) const {
-    const int64_t start = chunk * kChunk;
-    // Keys that some query vector of the tile sees; no other slot is read.
-    const int64_t begin = std::max(begin_, start);
-    const int64_t end = std::min(end_, start + kChunk);
-    alignas(64) float scores[kMaxQueries * kChunk];
-    score_keys<Load>(start, begin, end, scores);
-    for (int64_t i = 0; i < tile_.count; ++i) {
-      softmax_weights(scores + i * kChunk, std::max(visible_[i].begin, start) - start,
-                      std::min(visible_[i].end, start + kChunk) - start, state.max[i],
-                      state.sum[i]);
-    }
-    sum_values<Load>(start, begin, end, scores, state.values);
-  }
-
-  template <typename Load>
-  const typename Load::Element* vector_at(const void* pool, int64_t position) const {
-    const int64_t page_size = p_.layout.page_size;
-    const int32_t* pages = p_.page_table + tile_.sequence * p_.page_table_row_stride;
-    return static_cast<const typename Load::Element*>(pool) +
-           p_.layout.vector_offset(pages[position / page_size], tile_.kv_head,
-                                   position % page_size);
-  }
-
-  // scores[i, key - start] = query i . key, each a chain over d. Keys in lanes: a block of K is
-  // turned around once and used by all query vectors.
-  template <typename Load>
-  void score_keys(int64_t start, int64_t begin, int64_t end, float* scores) const {
-    constexpr int64_t kBlock = kFmaTileVecs * Vec::kWidth;
-    alignas(64) float keys[kMaxHeadDim * kBlock];  // [D, kBlock]
-    for (int64_t block = (begin - start) / kBlock * kBlock; start + block < end; block += kBlock) {
-      turn_keys<Load>(start + block, begin, end, keys);
-      run_fma<LoadFloat32>({.x = query_,
-                            .x_row_stride = head_dim_,
-                            .panel_stride = kBlock,
-                            .out = scores + block,
-                            .out_row_stride = kChunk,
-                            .length = head_dim_,
-                            .resume = false},
-                           keys, tile_.count, kBlock);
-    }
-  }
-
-  template <typename Load>
-  void turn_keys(int64_t first, int64_t begin, int64_t end, float* keys) const {
-    constexpr int64_t kBlock = kFmaTileVecs * Vec::kWidth;
-    for (int64_t part = 0; part < kBlock; part += Vec::kWidth) {
-      const typename Load::Element* key[Vec::kWidth];
-      for (int64_t lane = 0; lane < Vec::kWidth; ++lane) {
-        const int64_t position = first + part + lane;
-        key[lane] =
-            position >= begin && position < end ? vector_at<Load>(p_.k_pool, position) : nullptr;
-      }
-      for (int64_t d = 0; d < head_dim_; d += Vec::kWidth) {
-        Vec block[Vec::kWidth];
-#pragma GCC unroll 16
-        for (int lane = 0; lane < Vec::kWidth; ++lane) {
-          block[lane] = key[lane] != nullptr ? Load::load(key[lane] + d) : Vec::zero();
-        }
-        transpose(block);
-#pragma GCC unroll 16
-        for (int i = 0; i < Vec::kWidth; ++i) block[i].store(keys + (d + i) * kBlock + part);
-      }
-    }
-  }
-
-  // scores -> weights exp(score - max) in place, exactly 0 outside [begin, end) of the chunk.
-  void softmax_weights(float* scores, int64_t begin, int64_t end, float& max_score,
-                       float& sum) const {
-    max_score = kMinusInfinity;
-    sum = 0.0F;
-    if (begin >= end) return;
-    const int64_t first = begin / Vec::kWidth * Vec::kWidth;
-    const int64_t last = (end + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
-    const Vec scale = Vec::set1(p_.scale);
-    for (int64_t i = first; i < last; i += Vec::kWidth) {
-      Vec score = Vec::load(scores + i) * scale;
-      if (p_.soft_cap > 0.0F) {
-        const Vec cap = Vec::set1(p_.soft_cap);
-        score = cap * tanh(score / cap);
-      }
-      score.store(scores + i);
-    }
-    for (int64_t i = first; i < begin; ++i) scores[i] = kMinusInfinity;
-    for (int64_t i = end; i < last; ++i) scores[i] = kMinusInfinity;
-    Vec largest = Vec::set1(kMinusInfinity);
-    for (int64_t i = first; i < last; i += Vec::kWidth) {
-      largest = max(Vec::load(scores + i), largest);
-    }
-    max_score = reduce_max(largest);
-    const Vec shift = Vec::set1(max_score);
-    Vec total = Vec::zero();
-    for (int64_t i = first; i < last; i += Vec::kWidth) {
-      const Vec weight = exp(Vec::load(scores + i) - shift);
-      weight.store(scores + i);
-      total = total + weight;
-    }
-    sum = reduce_add(total);
-  }
-
-  // values[i] = sum of weight * V, ascending positions. Keys that all query vectors see run as one
-  // tile; before and after them each vector takes only its own keys, so that a masked V is never
-  // multiplied (0 * infinity would not be 0).
-  template <typename Load>
-  void sum_values(int64_t start, int64_t begin, int64_t end, const float* weights,
-                  float* values) const {
-    int64_t common_begin = begin;
-    int64_t common_end = end;
-    for (int64_t i = 0; i < tile_.count; ++i) {
-      common_begin = std::max(common_begin, visible_[i].begin);
-      common_end = std::min(common_end, visible_[i].end);
-    }
-    std::memset(values, 0, static_cast<size_t>(tile_.count * head_dim_) * sizeof(float));
-    if (common_begin >= common_end) {
-      for (int64_t i = 0; i < tile_.count; ++i) {
-        add_values<Load>(start, std::max(begin, visible_[i].begin), std::min(end, visible_[i].end),
-                         i, 1, weights, values);
-      }
-      return;
-    }
-    for (int64_t i = 0; i < tile_.count; ++i) {
-      add_values<Load>(start, std::max(begin, visible_[i].begin), common_begin, i, 1, weights,
-                       values);
-    }
-    add_values<Load>(start, common_begin, common_end, 0, tile_.count, weights, values);
-    for (int64_t i = 0; i < tile_.count; ++i) {
-      add_values<Load>(start, common_end, std::min(end, visible_[i].end), i, 1, weights, values);
-    }
-  }
-
-  template <typename Load>
-  void add_values(int64_t start, int64_t begin, int64_t end, int64_t first, int64_t count,
-                  const float* weights, float* values) const {
-    const int64_t page_size = p_.layout.page_size;
-    for (int64_t position = begin; position < end;) {
-      const int64_t run = std::min(page_size - position % page_size, end - position);
-      run_fma<Load>({.x = weights + first * kChunk + (position - start),
-                     .x_row_stride = kChunk,
-                     .panel_stride = head_dim_,
-                     .out = values + first * head_dim_,
-                     .out_row_stride = head_dim_,
-                     .length = run,
-                     .resume = true},
-                    vector_at<Load>(p_.v_pool, position), count, head_dim_);
-      position += run;
-    }
-  }
-
-  const PagedAttentionParams& p_;
-  const Tile tile_;
-  const int64_t group_;
-  const int64_t head_dim_;
-  const int64_t first_row_;
-  int64_t begin_;  // smallest and one past the largest key position seen in the tile
-  int64_t end_;
-  Visible visible_[kMaxQueries];
-  alignas(64) float query_[kMaxQueries * kMaxHeadDim];  // [count, D]
-};
 
 void run_tile(const PagedAttentionParams& p, const Tile& tile) {
   const TileWork work(p, tile);
@@ -317,8 +28,9 @@ void run_tile(const PagedAttentionParams& p, const Tile& tile) {
   const State state = State::in(memory[0], tile.count);
   const State next = State::in(memory[1], tile.count);
   TileWork::clear(state, tile.count);
+  ReadAhead ahead = work.read_ahead(work.first_chunk(), work.end_chunk());
   for (int64_t chunk = work.first_chunk(); chunk < work.end_chunk(); ++chunk) {
-    work.run_chunk(chunk, next);
+    work.run_chunk(chunk, next, ahead);
     work.fold(state, next);
   }
   work.write_output(state);
@@ -388,9 +100,10 @@ bool run_split(const PagedAttentionParams& p, const TileList& tiles, ParallelFor
       if (from >= to) continue;
       const Tile tile = tiles.at(i);
       const TileWork work(p, tile);
+      const int64_t shift = first_chunk[i] - first_piece[i];
+      ReadAhead ahead = work.read_ahead(from + shift, to + shift);
       for (int64_t piece = from; piece < to; ++piece) {
-        work.run_chunk(first_chunk[i] + piece - first_piece[i],
-                       State::in(memory + piece * piece_floats, tile.count));
+        work.run_chunk(piece + shift, State::in(memory + piece * piece_floats, tile.count), ahead);
       }
     }
   });
@@ -418,7 +131,7 @@ void paged_attention(const PagedAttentionParams& p, ParallelFor parallel_for) {
   if (tiles.size() == 0) return;
   int64_t longest = 0;
   for (int64_t s = 0; s < p.num_sequences; ++s) longest = std::max<int64_t>(longest, p.seq_lens[s]);
-  if (tiles.size() <= kMaxSplitItems && longest > 2 * kChunk && run_split(p, tiles, parallel_for)) {
+  if (tiles.size() <= kMaxSplitItems && longest > kChunk && run_split(p, tiles, parallel_for)) {
     return;
   }
   parallel_for(tiles.size(), 1, [&](int64_t begin, int64_t end) {

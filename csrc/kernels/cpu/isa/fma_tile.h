@@ -3,6 +3,7 @@
 // each chain in ascending i. How the rows are cut into tiles never changes a chain.
 #pragma once
 
+#include "csrc/kernels/cpu/isa/read_ahead.h"
 #include "csrc/kernels/cpu/isa/simd.h"
 
 namespace skv::cpu::SKV_ISA_NS {
@@ -21,15 +22,17 @@ struct LoadBFloat16 {
   static SKV_INLINE Vec load(const uint16_t* p) { return Vec::load_bfloat16(p); }
 };
 
+// Shape of a register tile: few rows take more columns, so that enough chains run side by side to
+// hide the latency of an addition.
 #if defined(__AVX512F__)
-inline constexpr int kFmaTileRows = 8;
-inline constexpr int kFmaTileVecs = 2;
+inline constexpr int kFmaTileRows = 6;
+constexpr int fma_tile_vecs(int /*rows*/) { return 4; }
 #elif defined(__AVX2__)
 inline constexpr int kFmaTileRows = 6;
-inline constexpr int kFmaTileVecs = 2;
+constexpr int fma_tile_vecs(int rows) { return rows <= 3 ? 4 : 2; }
 #else
 inline constexpr int kFmaTileRows = 4;
-inline constexpr int kFmaTileVecs = 2;
+constexpr int fma_tile_vecs(int /*rows*/) { return 2; }
 #endif
 
 struct FmaTile {
@@ -42,8 +45,13 @@ struct FmaTile {
   bool resume;  // continue the chains in `out`; else start them at 0
 };
 
-template <typename Load, int Rows, int Vecs>
-static void run_fma_tile(const FmaTile& tile, const typename Load::Element* panel) {
+// Not inlined, so that the accumulators have all registers to themselves.
+template <typename Load, int Rows, int Vecs, typename Ahead>
+__attribute__((noinline)) static void run_fma_tile(const FmaTile& tile,
+                                                   const typename Load::Element* panel,
+                                                   Ahead ahead) {
+  using Element = typename Load::Element;
+  auto loop = ahead.begin();
   Vec sum[Rows][Vecs];
 #pragma GCC unroll 16
   for (int row = 0; row < Rows; ++row) {
@@ -55,14 +63,28 @@ static void run_fma_tile(const FmaTile& tile, const typename Load::Element* pane
   }
   const float* x = tile.x;
   for (int64_t i = 0; i < tile.length; ++i) {
-    Vec weight[Vecs];
+    loop.template touch<Vecs * Vec::kWidth * sizeof(Element)>();
+    // The shorter side is held in registers, the other passes through one.
+    if constexpr (Rows < Vecs) {
+      Vec value[Rows];
 #pragma GCC unroll 16
-    for (int v = 0; v < Vecs; ++v) weight[v] = Load::load(panel + v * Vec::kWidth);
+      for (int row = 0; row < Rows; ++row) value[row] = Vec::set1(x[row * tile.x_row_stride + i]);
 #pragma GCC unroll 16
-    for (int row = 0; row < Rows; ++row) {
-      const Vec value = Vec::set1(x[row * tile.x_row_stride + i]);
+      for (int v = 0; v < Vecs; ++v) {
+        const Vec weight = Load::load(panel + v * Vec::kWidth);
 #pragma GCC unroll 16
-      for (int v = 0; v < Vecs; ++v) sum[row][v] = fma(value, weight[v], sum[row][v]);
+        for (int row = 0; row < Rows; ++row) sum[row][v] = fma(value[row], weight, sum[row][v]);
+      }
+    } else {
+      Vec weight[Vecs];
+#pragma GCC unroll 16
+      for (int v = 0; v < Vecs; ++v) weight[v] = Load::load(panel + v * Vec::kWidth);
+#pragma GCC unroll 16
+      for (int row = 0; row < Rows; ++row) {
+        const Vec value = Vec::set1(x[row * tile.x_row_stride + i]);
+#pragma GCC unroll 16
+        for (int v = 0; v < Vecs; ++v) sum[row][v] = fma(value, weight[v], sum[row][v]);
+      }
     }
     panel += tile.panel_stride;
   }
@@ -75,34 +97,42 @@ static void run_fma_tile(const FmaTile& tile, const typename Load::Element* pane
   }
 }
 
-template <typename Load, int Rows, int Vecs>
-static void run_fma_rows(const FmaTile& tile, const typename Load::Element* panel, int64_t rows) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) return run_fma_rows<Load, Rows - 1, Vecs>(tile, panel, rows);
+// All columns of exactly Rows rows; the columns left over go to narrower tiles.
+template <typename Load, int Rows, int Vecs, typename Ahead>
+static void run_fma_columns(FmaTile tile, const typename Load::Element* panel, int64_t columns,
+                            Ahead ahead) {
+  constexpr int64_t kColumns = Vecs * Vec::kWidth;
+  for (; columns >= kColumns; columns -= kColumns) {
+    run_fma_tile<Load, Rows, Vecs>(tile, panel, ahead);
+    tile.out += kColumns;
+    panel += kColumns;
   }
-  run_fma_tile<Load, Rows, Vecs>(tile, panel);
+  if constexpr (Vecs > 1) {
+    if (columns > 0) run_fma_columns<Load, Rows, Vecs / 2>(tile, panel, columns, ahead);
+  }
 }
 
-// Any number of rows and of columns (a multiple of Vec::kWidth), cut into register tiles.
-template <typename Load>
-static void run_fma(FmaTile tile, const typename Load::Element* panel, int64_t rows,
-                    int64_t columns) {
-  const float* x = tile.x;
-  float* out = tile.out;
-  for (int64_t column = 0; column < columns;) {
-    const bool is_wide = columns - column >= kFmaTileVecs * Vec::kWidth;
-    for (int64_t row = 0; row < rows; row += kFmaTileRows) {
-      const int64_t count = rows - row < kFmaTileRows ? rows - row : kFmaTileRows;
-      tile.x = x + row * tile.x_row_stride;
-      tile.out = out + row * tile.out_row_stride + column;
-      if (is_wide) {
-        run_fma_rows<Load, kFmaTileRows, kFmaTileVecs>(tile, panel + column, count);
-      } else {
-        run_fma_rows<Load, kFmaTileRows, 1>(tile, panel + column, count);
-      }
-    }
-    column += is_wide ? kFmaTileVecs * Vec::kWidth : Vec::kWidth;
+template <typename Load, int Rows, typename Ahead>
+static void run_fma_rows(const FmaTile& tile, const typename Load::Element* panel, int64_t rows,
+                         int64_t columns, Ahead ahead) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return run_fma_rows<Load, Rows - 1>(tile, panel, rows, columns, ahead);
   }
+  run_fma_columns<Load, Rows, fma_tile_vecs(Rows)>(tile, panel, columns, ahead);
+}
+
+// Any number of rows and of columns (a multiple of Vec::kWidth), cut into register tiles. The first
+// of them reads ahead; for the others the panel is in the cache.
+template <typename Load, typename Ahead>
+static void run_fma(FmaTile tile, const typename Load::Element* panel, int64_t rows,
+                    int64_t columns, Ahead ahead) {
+  if (rows <= kFmaTileRows) {
+    return run_fma_rows<Load, kFmaTileRows>(tile, panel, rows, columns, ahead);
+  }
+  run_fma_columns<Load, kFmaTileRows, fma_tile_vecs(kFmaTileRows)>(tile, panel, columns, ahead);
+  tile.x += kFmaTileRows * tile.x_row_stride;
+  tile.out += kFmaTileRows * tile.out_row_stride;
+  run_fma<Load>(tile, panel, rows - kFmaTileRows, columns, NoReadAhead{});
 }
 
 }  // namespace skv::cpu::SKV_ISA_NS
