@@ -21,6 +21,7 @@ from bench.harness import Check, Settings, Trial, Work
 from bench.suites.model_sides import PAGE_SIZE, Sides
 from stateful_kv.config import EngineConfig
 from stateful_kv.engine import Engine
+from stateful_kv.profile_events import CONTAINERS
 
 NAMESPACE = "stateful_kv::"
 MAX_TEMPLATE = 64  # tokens that the chat template puts around the text, and then some
@@ -56,7 +57,7 @@ class _DecodingTurn:
         return {
             one.key.removeprefix(NAMESPACE): one.cpu_time_total * 1e-6
             for one in profiled.key_averages()
-            if one.key.startswith(NAMESPACE)
+            if one.key.startswith(NAMESPACE) and one.key not in CONTAINERS
         }
 
 

@@ -92,4 +92,48 @@ inline int64_t check_offsets_shape(const OpCheck& check, const char* name,
   return offsets.numel() - 1;
 }
 
+// Host memory only. positions: int32[N], each in [0, num_positions).
+inline void check_positions(const OpCheck& check, const at::Tensor& positions,
+                            int64_t num_positions) {
+  const int32_t* values = positions.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < positions.numel(); ++i) {
+    TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < num_positions, check.op(),
+                      ": positions: expected positions in [0, rows of cos_sin = ", num_positions,
+                      "), got ", values[i], " at index ", i);
+  }
+}
+
+// The head dimensions that attention on the CPU is built for.
+inline void check_attention_head_dim(const OpCheck& check, const KvLayout& layout) {
+  check.value("k_pool", layout.head_dim % 16 == 0 && layout.head_dim <= 256,
+              "a head dimension D that is a multiple of 16 and at most 256", layout.head_dim);
+}
+
+// Host memory only. The lengths fit the rows of the batch and the page table, and the pages that
+// will be read exist.
+inline void check_sequences(const OpCheck& check, const at::Tensor& page_table,
+                            const at::Tensor& seq_lens, const at::Tensor& query_offsets,
+                            const KvLayout& layout) {
+  const int32_t* pages = page_table.const_data_ptr<int32_t>();
+  const int32_t* lengths = seq_lens.const_data_ptr<int32_t>();
+  const int32_t* offsets = query_offsets.const_data_ptr<int32_t>();
+  const int64_t capacity = page_table.size(1) * layout.page_size;
+  for (int64_t sequence = 0; sequence < seq_lens.numel(); ++sequence) {
+    const int64_t length = lengths[sequence];
+    const int64_t num_rows = offsets[sequence + 1] - offsets[sequence];
+    TORCH_CHECK_VALUE(length >= num_rows, check.op(), ": seq_lens: expected at least the ",
+                      num_rows, " new rows of sequence ", sequence, ", got ", length);
+    TORCH_CHECK_VALUE(length <= capacity, check.op(),
+                      ": seq_lens: expected at most M * B = ", capacity, ", got ", length,
+                      " for sequence ", sequence);
+    const int64_t num_pages = (length + layout.page_size - 1) / layout.page_size;
+    const int32_t* row = pages + sequence * page_table.stride(0);
+    for (int64_t i = 0; i < num_pages; ++i) {
+      TORCH_CHECK_VALUE(row[i] >= 0 && row[i] < layout.num_pages, check.op(),
+                        ": page_table: expected page ids in [0, P = ", layout.num_pages, "), got ",
+                        row[i], " at [", sequence, ", ", i, "]");
+    }
+  }
+}
+
 }  // namespace skv::bindings

@@ -20,15 +20,6 @@ void append_kv_cpu(const at::Tensor& k, const at::Tensor& v, const at::Tensor& s
   cpu::kernels().append_kv(params, torch_parallel_for);
 }
 
-void check_positions(const OpCheck& check, const at::Tensor& positions, int64_t num_positions) {
-  const int32_t* values = positions.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < positions.numel(); ++i) {
-    TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < num_positions, check.op(),
-                      ": positions: expected positions in [0, rows of cos_sin = ", num_positions,
-                      "), got ", values[i], " at index ", i);
-  }
-}
-
 void rope_append_kv_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                         const at::Tensor& positions, const at::Tensor& cos_sin,
                         const at::Tensor& slots, const at::Tensor& k_pool,

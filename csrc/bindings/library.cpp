@@ -25,6 +25,12 @@ TORCH_LIBRARY(stateful_kv, m) {
       "int out_features, Tensor? residual=None, Tensor? norm_weight=None, float norm_eps=0.0, "
       "bool silu_mul=False) -> Tensor",
       tags);
+  m.def(
+      "decoder_layers(Tensor x, Tensor?[] weights, Tensor positions, Tensor cos_sin, Tensor slots, "
+      "Tensor page_table, Tensor seq_lens, Tensor query_offsets, Tensor logit_rows, int num_heads, "
+      "float norm_eps, float scale, int sliding_window, Tensor(a!) k_pools, Tensor(b!) v_pools, "
+      "Tensor(c!) output) -> ()",
+      tags);
   m.def("argmax(Tensor logits) -> (Tensor ids, Tensor values)", tags);
   m.def(
       "ngram_lookup(Tensor tokens, Tensor offsets, int min_n, int max_n, int max_draft) -> "

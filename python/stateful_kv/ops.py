@@ -16,7 +16,7 @@ Rules that hold for every op:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -310,6 +310,121 @@ def _(
         norm_weight=norm_weight,
     )
     return x.new_empty(x.shape[0], out_features // 2 if silu_mul else out_features)
+
+
+# What `decoder_layers` reads of each layer, in this order.
+LAYER_TENSORS = (
+    "attn_norm",
+    *(f"qkv.{part}" for part in ("weight", "scales", "minimums", "bias")),
+    "q_norm",
+    "k_norm",
+    *(f"o.{part}" for part in ("weight", "scales", "minimums", "bias")),
+    "ffn_norm",
+    *(f"gate_up.{part}" for part in ("weight", "scales", "minimums", "bias")),
+    *(f"down.{part}" for part in ("weight", "scales", "minimums", "bias")),
+)
+
+
+def decoder_layers(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    positions: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    query_offsets: Tensor,
+    logit_rows: Tensor,
+    num_heads: int,
+    norm_eps: float,
+    scale: float,
+    sliding_window: int,
+    k_pools: Tensor,
+    v_pools: Tensor,
+    output: Tensor,
+) -> None:
+    """All layers of a Llama-family model: the ops above one after another, in one call.
+
+    A layer is: norm, fused q, k and v, norms of the heads where there are any, `rope_append_kv`,
+    `paged_attention`, o added to the layer's input, norm, gate and up, down added to that. The
+    last layer computes `logit_rows` only from its attention on. The bits are those of the ops
+    called one by one; memory for activations is taken once for all layers. CPU only: elsewhere
+    compose the ops.
+
+    Args:
+        x: float32[N, E], contiguous - embeddings of the new tokens.
+        weights: for each layer the tensors named in `LAYER_TENSORS`, packed as `quantized_linear`
+            takes them (gate and up by turns, panel by panel); None for those a layer has not.
+        positions: int32[N], contiguous - absolute positions, below the rows of cos_sin.
+        cos_sin: float32[max_pos, D], contiguous - as in `rope_append_kv`.
+        slots: int64[N], contiguous - where each row's K and V go, -1 = nowhere.
+        page_table: int32[S, M] - as in `paged_attention`.
+        seq_lens: int32[S], contiguous - KV length of each sequence with its new rows.
+        query_offsets: int32[S + 1], contiguous - rows of the sequences.
+        logit_rows: int64[R], contiguous - rows of x whose results are wanted.
+        num_heads: H, a multiple of Hk.
+        norm_eps: of all norms.
+        scale: of the attention scores.
+        sliding_window: keys a row sees, 0 = all.
+        k_pools: float32|float16|bfloat16 [num_layers, P, Hk, B, D], contiguous - written in place.
+        v_pools: dtype and shape of k_pools, contiguous, memory of its own - written in place.
+        output: float32[R, E], contiguous, memory of its own - gets the results, before the model's
+            last norm.
+    """
+    _ops.decoder_layers.default(
+        x,
+        weights,
+        positions,
+        cos_sin,
+        slots,
+        page_table,
+        seq_lens,
+        query_offsets,
+        logit_rows,
+        num_heads,
+        norm_eps,
+        scale,
+        sliding_window,
+        k_pools,
+        v_pools,
+        output,
+    )
+
+
+@_fake("decoder_layers")
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    positions: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    query_offsets: Tensor,
+    logit_rows: Tensor,
+    num_heads: int,
+    norm_eps: float,
+    scale: float,
+    sliding_window: int,
+    k_pools: Tensor,
+    v_pools: Tensor,
+    output: Tensor,
+) -> None:
+    _check_devices(
+        "decoder_layers",
+        x.device,
+        positions=positions,
+        cos_sin=cos_sin,
+        slots=slots,
+        page_table=page_table,
+        seq_lens=seq_lens,
+        query_offsets=query_offsets,
+        logit_rows=logit_rows,
+        k_pools=k_pools,
+        v_pools=v_pools,
+        output=output,
+        **{f"weights[{i}]": weight for i, weight in enumerate(weights)},
+    )
 
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,8 @@ KERNEL_GROUPS = (
 )
 LINEAR, HEAD, OTHER = "linear layers", "head, arg-max", "other kernels"
 OUR_OPS = "stateful_kv::"
+# Ops that only run others of ours: what they add is the engine's time, not a kernel's.
+CONTAINERS = (OUR_OPS + "decoder_layers",)
 STEP_KINDS = ("decode", "verify", "prefill")
 
 
@@ -176,7 +178,7 @@ def _add_span(step: StepTimes, node: Node) -> None:
     phase = node.event.kind
     inside = sum(child.event.duration_us for child in node.children if not child.event.is_op)
     step.phases[phase] = step.phases.get(phase, 0.0) + node.event.duration_us - inside
-    ops = [child for child in node.children if child.event.is_op]
+    ops = list(_ops_in(node))
     linear = [one for one in ops if kernel_group(one.event.name) == LINEAR]
     head = linear[-1] if phase == "forward" and linear else None  # the model ends with it
     for op in ops:
@@ -194,6 +196,15 @@ def _add_span(step: StepTimes, node: Node) -> None:
     for child in node.children:
         if not child.event.is_op:
             _add_span(step, child)
+
+
+def _ops_in(node: Node) -> Iterator[Node]:
+    """The ops right below a span; those of a container in its place."""
+    for child in node.children:
+        if child.event.name in CONTAINERS:
+            yield from _ops_in(child)
+        elif child.event.is_op:
+            yield child
 
 
 def _size(node: Node) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stateful_kv import tracing
+from stateful_kv.calibrate import CostChoice
 from stateful_kv.engine import Engine
 from stateful_kv.profile_events import (
     Event,
@@ -171,7 +172,9 @@ def profile_workflow(
     recorder = OpRecorder()
     profile = Profile(op_cost_us=recorder.op_cost_us())
     seen: set[tuple[int, str]] = set()
-    with Engine(engine.model, engine.tokenizer, engine.config) as twin:
+    # Measured once: two curves of one machine differ a little, and so would the drafts.
+    curve: CostChoice = engine.costs.curve() if options.draft else "auto"
+    with Engine(engine.model, engine.tokenizer, engine.config, cost_curve=curve) as twin:
         plain_side = Player(engine, options).play(file)
         recorded_side = Player(twin, options).play(file)
         with closing(plain_side), closing(recorded_side):

@@ -144,8 +144,8 @@ def test_profile_of_the_default_model(tmp_path: Path) -> None:
     steps = next(s for s in data["steps"] if (s["turns"], s["kind"]) == ("later", "decode"))
     rows = {row["name"]: row for row in steps["rows"]}
     assert steps["num_steps"] == 5 and rows["attention"]["calls_per_step"] == 30
-    assert rows["linear layers"]["ms_per_step"] > rows["norms"]["ms_per_step"] > 0
+    assert rows["linear layers"]["ms_per_step"] > rows["rope, append"]["ms_per_step"] > 0
     assert 0 < steps["overhead"] <= steps["overhead_at_most"] < 1
     # The two measurements of a step agree, unless the machine had much else to do meanwhile.
     assert 0.3 < steps["rows_together_ms"] / steps["ms_per_step"] < 3
-    assert len(json.loads(trace.read_text())["traceEvents"]) > 10 * 30 * 9
+    assert len(json.loads(trace.read_text())["traceEvents"]) > 10 * 30 * 6

@@ -73,6 +73,50 @@ def _quantized_linear() -> Arguments:
     }
 
 
+def _packed(out_features: int, in_features: int) -> list[torch.Tensor | None]:
+    q = torch.randint(-9, 10, (-(-out_features // 16), in_features, 16), dtype=torch.int8)
+    return [q, torch.rand(q.shape[0], in_features // 32, 16) * 0.1, None, None]
+
+
+def layer_weights(
+    hidden: int, inner: int, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool
+) -> list[torch.Tensor | None]:
+    """One layer of `decoder_layers`, int8."""
+    norms = [torch.randn(head_dim), torch.randn(head_dim)] if qk_norm else [None, None]
+    return [
+        torch.randn(hidden),
+        *_packed((num_heads + 2 * num_kv_heads) * head_dim, hidden),
+        *norms,
+        *_packed(hidden, num_heads * head_dim),
+        torch.randn(hidden),
+        *_packed(2 * inner, hidden),
+        *_packed(hidden, inner),
+    ]
+
+
+def _decoder_layers() -> Arguments:
+    k_pools, v_pools = torch.randn(2, 2, 5, 2, 16, 32)
+    layers = [layer_weights(64, 96, 4, 2, 32, qk_norm=True) for _ in range(2)]
+    return {
+        "x": torch.randn(4, 64),
+        "weights": [tensor for layer in layers for tensor in layer],
+        "positions": torch.tensor([17, 18, 5, 6], dtype=torch.int32),
+        "cos_sin": torch.from_numpy(elementwise.rope_table(64, 32)).float(),
+        "slots": torch.tensor([33, 34, 53, -1]),
+        "page_table": torch.tensor([[1, 2], [3, 0]], dtype=torch.int32),
+        "seq_lens": torch.tensor([19, 7], dtype=torch.int32),
+        "query_offsets": offsets([2, 2]),
+        "logit_rows": torch.tensor([1, 3]),
+        "num_heads": 4,
+        "norm_eps": 1e-5,
+        "scale": 32**-0.5,
+        "sliding_window": 0,
+        "k_pools": k_pools,
+        "v_pools": v_pools,
+        "output": torch.zeros(2, 64),
+    }
+
+
 def _argmax() -> Arguments:
     return {"logits": torch.randn(3, 70)}
 
@@ -118,6 +162,13 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
         "bool silu_mul=False) -> Tensor",
         _quantized_linear,
     ),
+    "decoder_layers": (
+        "(Tensor x, Tensor?[] weights, Tensor positions, Tensor cos_sin, Tensor slots, "
+        "Tensor page_table, Tensor seq_lens, Tensor query_offsets, Tensor logit_rows, "
+        "int num_heads, float norm_eps, float scale, int sliding_window, Tensor(a!) k_pools, "
+        "Tensor(b!) v_pools, Tensor(c!) output) -> ()",
+        _decoder_layers,
+    ),
     "argmax": ("(Tensor logits) -> (Tensor ids, Tensor values)", _argmax),
     "ngram_lookup": (
         "(Tensor tokens, Tensor offsets, int min_n, int max_n, int max_draft) -> "
@@ -135,6 +186,7 @@ WRITTEN = {
     "append_kv": ("k_pool", "v_pool"),
     "copy_pages": ("k_pool", "v_pool"),
     "rope_append_kv": ("q", "k_pool", "v_pool"),
+    "decoder_layers": ("k_pools", "v_pools", "output"),
 }
 
 

@@ -57,6 +57,11 @@ def flatter(value: Tensor) -> Tensor:
     return value[0]
 
 
+def replaced(index: int, tensor: Tensor | None) -> Change:
+    """A list of tensors with another one at `index`."""
+    return lambda value: [*value[:index], tensor, *value[index + 1 :]]
+
+
 def overlapping(shape: tuple[int, ...], strides: tuple[int, ...]) -> Change:
     """Some elements share memory, though no stride is 0."""
     return lambda value: torch.zeros(2048).as_strided(shape, strides)
@@ -246,6 +251,70 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
         },
         "norm_eps": {"negative": to(-1e-9), "infinite": to(float("inf")), "nan": to(float("nan"))},
     },
+    "decoder_layers": {
+        "x": {"dtype": dtype(F64), "rank": flatter, "stride": spread, "size": resize(0, 1)},
+        "weights": {
+            "one missing": lambda value: value[:-1],
+            "a layer missing": lambda value: value[20:],
+            "none": lambda value: [],
+            "norm of another size": replaced(0, torch.ones(63)),
+            "qkv is None": replaced(1, None),
+            "scales of another dtype": replaced(22, torch.zeros(8, 2, 16, dtype=F64)),
+            "a norm in one layer only": replaced(26, None),
+            "down is flat": replaced(16, torch.zeros(4)),
+            "down of another depth": replaced(36, torch.zeros(4, 64, 16, dtype=torch.int8)),
+        },
+        "positions": {
+            "dtype": dtype(I64),
+            "rank": deeper,
+            "stride": spread,
+            "size": resize(0, 1),
+            "past the table": set_value(1, 64),
+            "negative": set_value(0, -1),
+        },
+        "cos_sin": {"dtype": dtype(F64), "rank": flatter, "stride": spread, "D": resize(1, 2)},
+        "slots": SLOTS,
+        "page_table": {
+            "dtype": dtype(I64),
+            "rank": flatter,
+            "rows": resize(0, 1),
+            "negative": set_value((0, 0), -1),
+            "past the end": set_value((0, 1), 5),
+        },
+        "seq_lens": {
+            "dtype": dtype(I64),
+            "rank": deeper,
+            "size": resize(0, 1),
+            "below the new rows": set_value(0, 1),
+            "past the pages": set_value(1, 33),
+        },
+        "query_offsets": OFFSETS,
+        "logit_rows": {
+            "dtype": dtype(I32),
+            "rank": deeper,
+            "stride": spread,
+            "negative": set_value(0, -1),
+            "past the end": set_value(1, 4),
+        },
+        "num_heads": {"zero": to(0), "no multiple of Hk": to(3)},
+        "norm_eps": {"negative": to(-1.0), "nan": to(float("nan"))},
+        "scale": {"nan": to(float("nan"))},
+        "sliding_window": {"negative": to(-1)},
+        "k_pools": {"dtype": dtype(F64), "rank": flatter, "stride": spread},
+        "v_pools": {
+            "dtype": dtype(F64),
+            "rank": flatter,
+            "other dtype": dtype(F16),
+            "pages": resize(1, 1),
+        },
+        "output": {
+            "dtype": dtype(F64),
+            "rank": flatter,
+            "stride": spread,
+            "rows": resize(0, 1),
+            "columns": resize(1, 1),
+        },
+    },
     "argmax": {
         "logits": {"dtype": dtype(F64), "half": dtype(F16), "rank": flatter, "stride": spread},
     },
@@ -278,6 +347,7 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
 BLAMED = {
     ("append_kv", "slots", "size"): "k",
     ("rope_append_kv", "slots", "size"): "q",
+    ("decoder_layers", "x", "size"): "slots",
 }
 
 TABLE = [

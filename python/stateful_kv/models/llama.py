@@ -133,6 +133,14 @@ class Linear:
         return joined if residual is None else joined.add_(residual)
 
 
+def _flat(linear: Linear) -> list[Tensor | None] | None:
+    """Weight, scales, minimums and bias; None if there are several parts."""
+    if len(linear.parts) > 1:
+        return None
+    (part,) = linear.parts
+    return [part.weight, part.scales, part.minimums, linear.bias]
+
+
 def _join_biases(weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]) -> Tensor | None:
     """float32[out of all], zeros where a weight has none; None if no weight has one."""
     if all(bias is None for bias in biases):
@@ -164,6 +172,15 @@ class LayerWeights:
     down: Linear
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+
+    def tensors(self) -> list[Tensor | None] | None:
+        """What `ops.decoder_layers` takes of a layer; None if a projection has several parts."""
+        projections = [_flat(linear) for linear in (self.qkv, self.o, self.gate_up, self.down)]
+        if any(projection is None for projection in projections):
+            return None
+        qkv, o, gate_up, down = (projection or [] for projection in projections)
+        head = [self.attn_norm, *qkv, self.q_norm, self.k_norm, *o]
+        return [*head, self.ffn_norm, *gate_up, *down]
 
     def placed_in(self, arena: HugePageArena) -> LayerWeights:
         """Returns the same with its weights copied into `arena` in the order a step reads them."""
@@ -209,6 +226,9 @@ class LlamaModel:
         self.weights = weights
         self._scale = config.head_dim**-0.5
         self._window = config.sliding_window or 0
+        parts = [layer.tensors() for layer in weights.layers]
+        # None where a file stores projections of one input in several formats.
+        self._flat = None if None in parts else [t for part in parts if part for t in part]
 
     @torch.no_grad()
     def forward(self, batch: Batch, cache: LayeredCache) -> Tensor:
@@ -224,8 +244,39 @@ class LlamaModel:
         Raises:
             IndexError: a token id outside [0, V).
         """
-        eps, last = self.config.rms_norm_eps, len(self.weights.layers) - 1
         x = self.weights.embedding.index_select(0, batch.token_ids)
+        run_layers = self._run_ops if self._flat is None else self._run_fused
+        hidden = run_layers(x, batch, cache)
+        eps = self.config.rms_norm_eps
+        return self.weights.head(hidden, norm_weight=self.weights.norm, norm_eps=eps)
+
+    def _run_fused(self, x: Tensor, batch: Batch, cache: LayeredCache) -> Tensor:
+        """All layers in one op: float32[N, E] -> float32[R, E]."""
+        assert self._flat is not None
+        output = x.new_empty(batch.logit_rows.shape[0], x.shape[1])
+        ops.decoder_layers(
+            x,
+            self._flat,
+            batch.positions,
+            self.weights.cos_sin,
+            batch.slots,
+            batch.page_table,
+            batch.seq_lens,
+            batch.query_offsets,
+            batch.logit_rows,
+            self.config.num_heads,
+            self.config.rms_norm_eps,
+            self._scale,
+            self._window,
+            cache.k,
+            cache.v,
+            output,
+        )
+        return output
+
+    def _run_ops(self, x: Tensor, batch: Batch, cache: LayeredCache) -> Tensor:
+        """The same, op by op."""
+        eps, last = self.config.rms_norm_eps, len(self.weights.layers) - 1
         for index, layer in enumerate(self.weights.layers):
             attended = self._attend(layer, x, batch, cache.k[index], cache.v[index])
             if index == last:
@@ -235,7 +286,7 @@ class LlamaModel:
             x = layer.o(attended, residual=x)
             gated = layer.gate_up(x, norm_weight=layer.ffn_norm, norm_eps=eps)
             x = layer.down(gated, residual=x)
-        return self.weights.head(x, norm_weight=self.weights.norm, norm_eps=eps)
+        return x
 
     def _attend(
         self, layer: LayerWeights, x: Tensor, batch: Batch, k_pool: Tensor, v_pool: Tensor

@@ -143,7 +143,8 @@ def _build_layer(
         return _dense_iff(config.qk_norm, "qk_norm", source, prefix + name, config.head_dim)
 
     qkv = (("q", q_width), ("k", kv_width), ("v", kv_width))
-    gate_up = (("gate", inner), ("up", inner))
+    gated = (("gate", inner), ("up", inner))
+    gate, up = _packed(source, prefix, gated, hidden, weight_format)
     qkv_biases = [
         _dense_iff(config.attention_bias, "attention_bias", source, f"{prefix}{name}.bias", width)
         for name, width in qkv
@@ -153,10 +154,7 @@ def _build_layer(
         qkv=_linear(source, prefix, qkv, hidden, weight_format, qkv_biases),
         o=linear([("o", hidden)], q_width),
         ffn_norm=source.dense(prefix + "ffn_norm", (hidden,)),
-        gate_up=Linear.gate_up(
-            *_packed(source, prefix, gate_up, hidden, weight_format),
-            biases=_biases_of(source, prefix, gate_up),
-        ),
+        gate_up=Linear.gate_up(gate, up, _biases_of(source, prefix, gated)),
         down=linear([("down", hidden)], inner),
         q_norm=head_norm("q_norm"),
         k_norm=head_norm("k_norm"),
