@@ -319,7 +319,11 @@ def run_cases(
                     "unit": trial.unit,
                     "units_per_call": trial.units,
                     "ns_per_unit": seconds * 1e9 / trial.units,
-                    "floor": {**floor, "fraction": floor["seconds"] / seconds},
+                    "floor": {
+                        **floor,
+                        "fraction": floor["seconds"] / seconds,
+                        "read_fraction": trial.work.bytes / roof["read_bytes_per_s"] / seconds,
+                    },
                     **timing,
                     **({} if trial.details is None else {"details": trial.details(peer or "")}),
                 }

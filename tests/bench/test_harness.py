@@ -131,6 +131,14 @@ def test_a_missing_peer_is_named_and_ours_timed_alone():
     assert only["peer_name"] == "there"
 
 
+def test_fractions_of_the_roofs():
+    trial = Trial(lambda _: None, Work(bytes=1000, flops=10**6), lambda _: Check(True))
+    (result,) = _run(trial)
+    floor, seconds = result["floor"], result["ours"]["median"]
+    assert floor["kind"] == "flops" and floor["fraction"] == pytest.approx(1e-5 / seconds)
+    assert floor["read_fraction"] == pytest.approx(1e-7 / seconds)
+
+
 def test_details_are_asked_for_by_peer():
     trial = Trial(
         ours=lambda _: None,
