@@ -25,9 +25,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="cpu", choices=("cpu",))
     run.add_argument(
         "--peer",
-        help="compare with this peer only (or these, with commas between); all: with every peer",
+        help="compare with this peer only (or A,B,...); all: with every peer",
     )
-    run.add_argument("--only", help="only the cases whose name contains this")
+    run.add_argument("--only", help="only cases whose name contains this (or one of A,B,...)")
     run.add_argument("--pairs", type=int, default=harness.MIN_PAIRS, help="pairs a case")
     run.add_argument("--threads", type=int, help="CPU threads")
     run.add_argument("--quiet-machine", action="store_true", help="refuse to run on a busy machine")

@@ -11,6 +11,7 @@ that allows for it. Of its two settings, flash attention on and off, the quicker
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from bench import harness
-from bench.harness import Call, Case, Check, Missing, Settings, Trial, Work
+from bench.harness import Case, Check, Missing, Settings, Trial, Work
 from bench.suites import engine_step, real_model
-from bench.suites.model_sides import Context, Sides, best_setting
+from bench.suites.model_sides import Context, PeerContext, Sides, best_setting
 from stateful_kv.errors import ModelNotFoundError
 from stateful_kv.models.loading import resolve
 
@@ -36,9 +37,9 @@ WORK = (
 )
 SMOKE_CONTEXTS = (0, 100)
 SMOKE_WORK = (("decode", 1), ("verify", 4), ("prefill", 16))
-# Largest difference of logits over the largest logit. llama.cpp: activations of 8 bits.
-# transformers: fp32 throughout, but our K and V are rounded to fp16.
-TOLERANCES = {"llama_cpp": 0.1, "transformers": 2e-3}
+# Largest difference of logits over the largest logit, somewhat above what was seen. llama.cpp:
+# activations of 8 bits. transformers: fp32 throughout, but our K and V are rounded to fp16.
+TOLERANCES = {"llama_cpp": 0.06, "transformers": 2e-3}
 
 
 def _num_weights(sides: Sides) -> tuple[int, int]:
@@ -79,38 +80,57 @@ def _compare(ours: Tensor, theirs: Tensor, tolerance: float, bits: bool) -> Chec
     )
 
 
+@dataclass
+class _Peers:
+    """The peers of a case, each at its better setting.
+
+    Attributes:
+        contexts: those that can run, filled up to the case's context.
+        missing: those that cannot.
+        details: of those that can, for the result file.
+    """
+
+    contexts: dict[str, PeerContext] = field(default_factory=dict)
+    missing: dict[str, Missing] = field(default_factory=dict)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def _choose_peers(
+    sides: Sides, settings: Settings, context: int, call: Callable[[Context], Tensor]
+) -> _Peers:
+    peers = _Peers()
+    for name in ("llama_cpp", "transformers"):
+        if not (settings.asks_for(name) or (settings.peer is None and name == "llama_cpp")):
+            continue
+        found = sides.peer(name)
+        if isinstance(found, Missing):
+            peers.missing[name] = found
+            continue
+        for one in found.values():
+            sides.fill(one, context)
+        setting, seconds = best_setting(found, call, context)
+        peers.contexts[name] = found[setting]
+        peers.details[name] = {
+            "peer_setting": setting,
+            "seconds_by_setting": seconds,
+            **found[setting].about,
+        }
+    return peers
+
+
 def _setup(kind: str, num_rows: int, context: int, sides: Sides, settings: Settings) -> Trial:
     tokens = sides.tokens[context : context + num_rows]
     num_logits = 1 if kind == "prefill" else num_rows
     ours = sides.ours
     sides.fill(ours, context)
 
-    def call(side: Context) -> Tensor:
+    def call(side: Context, _index: int = 0) -> Tensor:
         return side.run(tokens, num_logits)
 
-    chosen: dict[str, Context] = {}
-    details: dict[str, dict[str, Any]] = {}
-    peers: dict[str, Call | Missing] = {}
-    for name in ("llama_cpp", "transformers"):
-        if not (settings.asks_for(name) or (settings.peer is None and name == "llama_cpp")):
-            continue
-        found = sides.peer(name)
-        if isinstance(found, Missing):
-            peers[name] = found
-            continue
-        for one in found.values():
-            sides.fill(one, context)
-        setting, seconds = best_setting(found, call, context)
-        chosen[name] = found[setting]
-        details[name] = {
-            "peer_setting": setting,
-            "seconds_by_setting": seconds,
-            **found[setting].about,
-        }
-        peers[name] = lambda _index, side=found[setting]: call(side)
+    peers = _choose_peers(sides, settings, context, call)
 
     def reset() -> None:
-        for side in (ours, *chosen.values()):
+        for side in (ours, *peers.contexts.values()):
             side.truncate(context)
 
     def check(peer: str) -> Check:
@@ -125,14 +145,17 @@ def _setup(kind: str, num_rows: int, context: int, sides: Sides, settings: Setti
         reset()
         if not peer:
             return Check(bits, bits_equal=bits)
-        call(chosen[peer])
-        outcome = _compare(together, chosen[peer].logits(), TOLERANCES[peer], bits)
+        call(peers.contexts[peer])
+        outcome = _compare(together, peers.contexts[peer].logits(), TOLERANCES[peer], bits)
         reset()
         return outcome
 
     return Trial(
-        ours=lambda _index: call(ours),
-        peers=peers,
+        ours=partial(call, ours),
+        peers={
+            **{name: partial(call, one) for name, one in peers.contexts.items()},
+            **peers.missing,
+        },
         check=check,
         work=_work(sides, num_rows, num_logits, context),
         calls_per_sample=1,
@@ -140,7 +163,7 @@ def _setup(kind: str, num_rows: int, context: int, sides: Sides, settings: Setti
         reset=reset,
         units=num_rows,
         unit="row",
-        details=lambda peer: details.get(peer, {}),
+        details=lambda peer: peers.details.get(peer, {}),
     )
 
 

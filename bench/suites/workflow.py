@@ -188,7 +188,7 @@ def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, An
     if not compared and not peers:
         return
     for name in ("demo",) if settings.smoke else WORKFLOWS:
-        if settings.only is not None and settings.only not in name:
+        if not settings.selects(name):
             continue
         file = load_workflow(name)
         max_tokens = 48

@@ -195,6 +195,9 @@ def test_only_selects_by_name():
     settings = Settings(smoke=True, only="for")
     harness.run_cases("s", cases, settings, ROOF, results.append)
     assert [r["name"] for r in results] == ["fork"]
+    results.clear()
+    harness.run_cases("s", cases, Settings(smoke=True, only="mat,x"), ROOF, results.append)
+    assert [r["name"] for r in results] == ["match"]
 
 
 def test_roofs_state_their_method():
