@@ -21,6 +21,8 @@ struct PagedAttentionArgs {
   double scale;
   int64_t sliding_window;
   double soft_cap;
+  const OptionalTensor& k_scales;
+  const OptionalTensor& v_scales;
 };
 
 // Everything but the pools (check_pools), the head dimensions that are built, and values in memory.
@@ -34,6 +36,8 @@ inline void check_paged_attention(const OpCheck& check, const PagedAttentionArgs
                     check.op(),
                     ": q: expected H to be a multiple of the pool's Hk = ", layout.num_kv_heads,
                     ", got ", describe(args.q));
+  check_scales(check, "k_scales", args.k_scales, args.k_pool);
+  check_scales(check, "v_scales", args.v_scales, args.v_pool);
   const int64_t num_sequences = check_offsets_shape(check, "query_offsets", args.query_offsets);
   check("seq_lens", args.seq_lens).dtype({at::kInt}).shape({{"S", num_sequences}}).contiguous();
   check("page_table", args.page_table)
@@ -52,6 +56,8 @@ inline PagedAttentionParams params_of(const PagedAttentionArgs& args, const KvLa
       .query = args.q.const_data_ptr(),
       .k_pool = args.k_pool.const_data_ptr(),
       .v_pool = args.v_pool.const_data_ptr(),
+      .k_scales = const_scales(args.k_scales),
+      .v_scales = const_scales(args.v_scales),
       .page_table = args.page_table.const_data_ptr<int32_t>(),
       .seq_lens = args.seq_lens.const_data_ptr<int32_t>(),
       .query_offsets = args.query_offsets.const_data_ptr<int32_t>(),

@@ -14,10 +14,12 @@ namespace {
 at::Tensor paged_attention_cpu(const at::Tensor& q, const at::Tensor& k_pool,
                                const at::Tensor& v_pool, const at::Tensor& page_table,
                                const at::Tensor& seq_lens, const at::Tensor& query_offsets,
-                               double scale, int64_t sliding_window, double soft_cap) {
+                               double scale, int64_t sliding_window, double soft_cap,
+                               const OptionalTensor& k_scales, const OptionalTensor& v_scales) {
   const OpCheck check{"paged_attention", q.device()};
-  const PagedAttentionArgs args{q,     k_pool,         v_pool,  page_table, seq_lens, query_offsets,
-                                scale, sliding_window, soft_cap};
+  const PagedAttentionArgs args{q,        k_pool,        v_pool,  page_table,
+                                seq_lens, query_offsets, scale,   sliding_window,
+                                soft_cap, k_scales,      v_scales};
   const KvLayout layout = check_pools(check, k_pool, v_pool);
   check_attention_head_dim(check, layout);
   check_paged_attention(check, args, layout, {at::kFloat});

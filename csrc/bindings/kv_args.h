@@ -14,11 +14,16 @@ namespace skv::bindings {
 
 inline AppendKvParams append_kv_params(const OpCheck& check, const at::Tensor& k,
                                        const at::Tensor& v, const at::Tensor& slots,
-                                       const at::Tensor& k_pool, const at::Tensor& v_pool) {
+                                       const at::Tensor& k_pool, const at::Tensor& v_pool,
+                                       const OptionalTensor& k_scales,
+                                       const OptionalTensor& v_scales) {
   const KvLayout layout = check_pools(check, k_pool, v_pool);
   check.own_memory("v_pool", v_pool, "k_pool", k_pool);
   check("slots", slots).dtype({at::kLong}).shape({{"N"}}).contiguous();
-  check_new_rows(check, "k", k, {at::kFloat, k_pool.scalar_type()}, slots.numel(), layout);
+  check_written_scales(check, k_scales, v_scales, k_pool, v_pool);
+  const bool is_quantized = k_pool.scalar_type() == at::kChar;
+  check_new_rows(check, "k", k, {at::kFloat, is_quantized ? at::kFloat : k_pool.scalar_type()},
+                 slots.numel(), layout);
   check_new_rows(check, "v", v, {k.scalar_type()}, slots.numel(), layout);
   return {
       .key = k.const_data_ptr(),
@@ -26,6 +31,8 @@ inline AppendKvParams append_kv_params(const OpCheck& check, const at::Tensor& k
       .slots = slots.const_data_ptr<int64_t>(),
       .k_pool = k_pool.mutable_data_ptr(),
       .v_pool = v_pool.mutable_data_ptr(),
+      .k_scales = mutable_scales(k_scales),
+      .v_scales = mutable_scales(v_scales),
       .layout = layout,
       .source_dtype = dtype_of(k),
       .kv_dtype = dtype_of(k_pool),
@@ -46,6 +53,8 @@ struct RopeAppendKvArgs {
   const at::Tensor& slots;
   const at::Tensor& k_pool;
   const at::Tensor& v_pool;
+  const OptionalTensor& k_scales;
+  const OptionalTensor& v_scales;
 };
 
 inline KvLayout check_rope_append_kv(const OpCheck& check, const RopeAppendKvArgs& args,
@@ -62,6 +71,11 @@ inline KvLayout check_rope_append_kv(const OpCheck& check, const RopeAppendKvArg
       .writable();
   check.own_memory("q", args.q, "k_pool", args.k_pool);
   check.own_memory("q", args.q, "v_pool", args.v_pool);
+  check_written_scales(check, args.k_scales, args.v_scales, args.k_pool, args.v_pool);
+  if (args.k_scales.has_value()) {
+    check.own_memory("q", args.q, "k_scales", *args.k_scales);
+    check.own_memory("q", args.q, "v_scales", *args.v_scales);
+  }
   check_new_rows(check, "k", args.k, {args.q.scalar_type()}, num_rows, layout);
   check_new_rows(check, "v", args.v, {args.q.scalar_type()}, num_rows, layout);
   check("positions", args.positions).dtype({at::kInt}).shape({{"N", num_rows}}).contiguous();
@@ -82,6 +96,8 @@ inline RopeAppendKvParams params_of(const RopeAppendKvArgs& args, const KvLayout
       .slots = args.slots.const_data_ptr<int64_t>(),
       .k_pool = args.k_pool.mutable_data_ptr(),
       .v_pool = args.v_pool.mutable_data_ptr(),
+      .k_scales = mutable_scales(args.k_scales),
+      .v_scales = mutable_scales(args.v_scales),
       .layout = layout,
       .activation_dtype = dtype_of(args.q),
       .kv_dtype = dtype_of(args.k_pool),
@@ -97,18 +113,26 @@ inline RopeAppendKvParams params_of(const RopeAppendKvArgs& args, const KvLayout
 }
 
 inline CopyPagesParams copy_pages_params(const OpCheck& check, const at::Tensor& page_copies,
-                                         const at::Tensor& k_pool, const at::Tensor& v_pool) {
+                                         const at::Tensor& k_pool, const at::Tensor& v_pool,
+                                         const OptionalTensor& k_scales,
+                                         const OptionalTensor& v_scales) {
   const PoolStack pools = check_pool_stacks(check, k_pool, v_pool);
   check.own_memory("v_pool", v_pool, "k_pool", k_pool);
+  check_written_scales(check, k_scales, v_scales, k_pool, v_pool);
   check("page_copies", page_copies).dtype({at::kInt}).shape({{"C"}, {"2", 2}}).contiguous();
   return {
       .page_copies = page_copies.const_data_ptr<int32_t>(),
       .k_pool = k_pool.mutable_data_ptr(),
       .v_pool = v_pool.mutable_data_ptr(),
+      .k_scales = mutable_scales(k_scales),
+      .v_scales = mutable_scales(v_scales),
       .num_copies = page_copies.size(0),
       .num_layers = pools.num_layers,
       .num_pages = pools.layout.num_pages,
       .page_bytes = pools.layout.page_elements() * static_cast<int64_t>(k_pool.element_size()),
+      .scale_bytes = k_scales.has_value()
+                         ? pools.layout.page_vectors() * static_cast<int64_t>(sizeof(float))
+                         : 0,
   };
 }
 

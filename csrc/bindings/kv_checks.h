@@ -3,16 +3,29 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "csrc/bindings/checks.h"
 #include "csrc/kernels/kv_layout.h"
 
 namespace skv::bindings {
 
-// k_pool and v_pool: float32|float16|bfloat16 [P, Hk, B, D], equal in dtype and shape, contiguous.
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Pools of int8 are for the CPU so far.
+inline void check_pool_dtype(const OpCheck& check, const at::Tensor& k_pool) {
+  TORCH_CHECK_TYPE(k_pool.is_cpu() || k_pool.is_meta() || k_pool.scalar_type() != at::kChar,
+                   check.op(), ": k_pool: expected dtype float32 or float16 or bfloat16 on ",
+                   k_pool.device(), " (int8 is not built yet), got ", describe(k_pool));
+  check("k_pool", k_pool).dtype(kCpuPoolDtypes);
+}
+
+// k_pool and v_pool: float32|float16|bfloat16, on the CPU also int8, [P, Hk, B, D], equal in dtype
+// and shape, contiguous.
 inline KvLayout check_pools(const OpCheck& check, const at::Tensor& k_pool,
                             const at::Tensor& v_pool) {
-  check("k_pool", k_pool).dtype(kPoolDtypes).shape({{"P"}, {"Hk"}, {"B"}, {"D"}}).contiguous();
+  check_pool_dtype(check, k_pool);
+  check("k_pool", k_pool).shape({{"P"}, {"Hk"}, {"B"}, {"D"}}).contiguous();
   const KvLayout layout{k_pool.size(0), k_pool.size(1), k_pool.size(2), k_pool.size(3)};
   check("v_pool", v_pool)
       .dtype({k_pool.scalar_type()})
@@ -35,7 +48,8 @@ struct PoolStack {
 inline PoolStack check_pool_stacks(const OpCheck& check, const at::Tensor& k_pool,
                                    const at::Tensor& v_pool) {
   if (k_pool.dim() != 5) return {1, check_pools(check, k_pool, v_pool)};
-  check("k_pool", k_pool).dtype(kPoolDtypes).contiguous();
+  check_pool_dtype(check, k_pool);
+  check("k_pool", k_pool).contiguous();
   check("v_pool", v_pool)
       .dtype({k_pool.scalar_type()})
       .shape({{"num_layers", k_pool.size(0)},
@@ -45,6 +59,50 @@ inline PoolStack check_pool_stacks(const OpCheck& check, const at::Tensor& k_poo
               {"D", k_pool.size(4)}})
       .contiguous();
   return {k_pool.size(0), {k_pool.size(1), k_pool.size(2), k_pool.size(3), k_pool.size(4)}};
+}
+
+// The scales of a pool: float32, its shape without D, contiguous, exactly if the pool is int8.
+inline void check_scales(const OpCheck& check, const char* name, const OptionalTensor& scales,
+                         const at::Tensor& pool) {
+  if (pool.scalar_type() != at::kChar) {
+    TORCH_CHECK_VALUE(!scales.has_value(), check.op(), ": ", name, ": expected None for pools of ",
+                      dtype_name(pool.scalar_type()), ", got ", describe(*scales));
+    return;
+  }
+  TORCH_CHECK_VALUE(scales.has_value(), check.op(), ": ", name,
+                    ": expected a float32 tensor for pools of int8, got None");
+  const ArgumentCheck argument = check(name, *scales);
+  argument.dtype({at::kFloat});
+  if (pool.dim() == 5) {
+    argument.shape({{"num_layers", pool.size(0)},
+                    {"P", pool.size(1)},
+                    {"Hk", pool.size(2)},
+                    {"B", pool.size(3)}});
+  } else {
+    argument.shape({{"P", pool.size(0)}, {"Hk", pool.size(1)}, {"B", pool.size(2)}});
+  }
+  argument.contiguous();
+}
+
+// The same for both pools, where the scales will be written.
+inline void check_written_scales(const OpCheck& check, const OptionalTensor& k_scales,
+                                 const OptionalTensor& v_scales, const at::Tensor& k_pool,
+                                 const at::Tensor& v_pool) {
+  check_scales(check, "k_scales", k_scales, k_pool);
+  check_scales(check, "v_scales", v_scales, v_pool);
+  if (!k_scales.has_value()) return;
+  check.own_memory("v_scales", *v_scales, "k_scales", *k_scales);
+  check.own_memory("k_scales", *k_scales, "k_pool", k_pool);
+  check.own_memory("k_scales", *k_scales, "v_pool", v_pool);
+  check.own_memory("v_scales", *v_scales, "k_pool", k_pool);
+  check.own_memory("v_scales", *v_scales, "v_pool", v_pool);
+}
+
+inline const float* const_scales(const OptionalTensor& scales) {
+  return scales.has_value() ? scales->const_data_ptr<float>() : nullptr;
+}
+inline float* mutable_scales(const OptionalTensor& scales) {
+  return scales.has_value() ? scales->mutable_data_ptr<float>() : nullptr;
 }
 
 // k or v of the new tokens: [N, Hk, D], rows and heads may be strided.

@@ -13,19 +13,22 @@ namespace skv::bindings {
 namespace {
 
 void append_kv_cpu(const at::Tensor& k, const at::Tensor& v, const at::Tensor& slots,
-                   const at::Tensor& k_pool, const at::Tensor& v_pool) {
+                   const at::Tensor& k_pool, const at::Tensor& v_pool,
+                   const OptionalTensor& k_scales, const OptionalTensor& v_scales) {
   const OpCheck check{"append_kv", k_pool.device()};
-  const AppendKvParams params = append_kv_params(check, k, v, slots, k_pool, v_pool);
+  const AppendKvParams params =
+      append_kv_params(check, k, v, slots, k_pool, v_pool, k_scales, v_scales);
   check_slot_values(check, slots, params.layout);
   cpu::kernels().append_kv(params, torch_parallel_for);
 }
 
 void rope_append_kv_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                         const at::Tensor& positions, const at::Tensor& cos_sin,
-                        const at::Tensor& slots, const at::Tensor& k_pool,
-                        const at::Tensor& v_pool) {
+                        const at::Tensor& slots, const at::Tensor& k_pool, const at::Tensor& v_pool,
+                        const OptionalTensor& k_scales, const OptionalTensor& v_scales) {
   const OpCheck check{"rope_append_kv", k_pool.device()};
-  const RopeAppendKvArgs args{q, k, v, positions, cos_sin, slots, k_pool, v_pool};
+  const RopeAppendKvArgs args{q,     k,      v,      positions, cos_sin,
+                              slots, k_pool, v_pool, k_scales,  v_scales};
   const KvLayout layout = check_rope_append_kv(check, args, {at::kFloat});
   check_slot_values(check, slots, layout);
   check_positions(check, positions, cos_sin.size(0));
@@ -42,9 +45,11 @@ void check_page_copies(const OpCheck& check, const at::Tensor& page_copies, int6
 }
 
 void copy_pages_cpu(const at::Tensor& page_copies, const at::Tensor& k_pool,
-                    const at::Tensor& v_pool) {
+                    const at::Tensor& v_pool, const OptionalTensor& k_scales,
+                    const OptionalTensor& v_scales) {
   const OpCheck check{"copy_pages", k_pool.device()};
-  const CopyPagesParams params = copy_pages_params(check, page_copies, k_pool, v_pool);
+  const CopyPagesParams params =
+      copy_pages_params(check, page_copies, k_pool, v_pool, k_scales, v_scales);
   check_page_copies(check, page_copies, params.num_pages);
   cpu::copy_pages(params, torch_parallel_for);
 }

@@ -12,26 +12,32 @@ namespace skv::bindings {
 namespace {
 
 void append_kv_cuda(const at::Tensor& k, const at::Tensor& v, const at::Tensor& slots,
-                    const at::Tensor& k_pool, const at::Tensor& v_pool) {
+                    const at::Tensor& k_pool, const at::Tensor& v_pool,
+                    const OptionalTensor& k_scales, const OptionalTensor& v_scales) {
   const OpCheck check{"append_kv", k_pool.device()};
-  const AppendKvParams params = append_kv_params(check, k, v, slots, k_pool, v_pool);
+  const AppendKvParams params =
+      append_kv_params(check, k, v, slots, k_pool, v_pool, k_scales, v_scales);
   launch(check.op(), cuda::append_kv, params, k_pool);
 }
 
 void rope_append_kv_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                          const at::Tensor& positions, const at::Tensor& cos_sin,
                          const at::Tensor& slots, const at::Tensor& k_pool,
-                         const at::Tensor& v_pool) {
+                         const at::Tensor& v_pool, const OptionalTensor& k_scales,
+                         const OptionalTensor& v_scales) {
   const OpCheck check{"rope_append_kv", k_pool.device()};
-  const RopeAppendKvArgs args{q, k, v, positions, cos_sin, slots, k_pool, v_pool};
+  const RopeAppendKvArgs args{q,     k,      v,      positions, cos_sin,
+                              slots, k_pool, v_pool, k_scales,  v_scales};
   const KvLayout layout = check_rope_append_kv(check, args, kPoolDtypes);
   launch(check.op(), cuda::rope_append_kv, params_of(args, layout), k_pool);
 }
 
 void copy_pages_cuda(const at::Tensor& page_copies, const at::Tensor& k_pool,
-                     const at::Tensor& v_pool) {
+                     const at::Tensor& v_pool, const OptionalTensor& k_scales,
+                     const OptionalTensor& v_scales) {
   const OpCheck check{"copy_pages", k_pool.device()};
-  const CopyPagesParams params = copy_pages_params(check, page_copies, k_pool, v_pool);
+  const CopyPagesParams params =
+      copy_pages_params(check, page_copies, k_pool, v_pool, k_scales, v_scales);
   launch(check.op(), cuda::copy_pages, params, k_pool);
 }
 

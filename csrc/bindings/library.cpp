@@ -7,17 +7,24 @@
 TORCH_LIBRARY(stateful_kv, m) {
   m.set_python_module("stateful_kv.ops");
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  m.def("append_kv(Tensor k, Tensor v, Tensor slots, Tensor(a!) k_pool, Tensor(b!) v_pool) -> ()",
-        tags);
-  m.def("copy_pages(Tensor page_copies, Tensor(a!) k_pool, Tensor(b!) v_pool) -> ()", tags);
+  m.def(
+      "append_kv(Tensor k, Tensor v, Tensor slots, Tensor(a!) k_pool, Tensor(b!) v_pool, "
+      "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()",
+      tags);
+  m.def(
+      "copy_pages(Tensor page_copies, Tensor(a!) k_pool, Tensor(b!) v_pool, "
+      "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()",
+      tags);
   m.def(
       "paged_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor page_table, Tensor seq_lens, "
-      "Tensor query_offsets, float scale, int sliding_window=0, float soft_cap=0.0) -> Tensor",
+      "Tensor query_offsets, float scale, int sliding_window=0, float soft_cap=0.0, "
+      "Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
       tags);
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", tags);
   m.def(
       "rope_append_kv(Tensor(a!) q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, "
-      "Tensor slots, Tensor(b!) k_pool, Tensor(c!) v_pool) -> ()",
+      "Tensor slots, Tensor(b!) k_pool, Tensor(c!) v_pool, Tensor(d!)? k_scales=None, "
+      "Tensor(e!)? v_scales=None) -> ()",
       tags);
   m.def("silu_mul(Tensor gate_up) -> Tensor", tags);
   m.def(

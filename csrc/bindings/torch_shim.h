@@ -25,13 +25,15 @@ struct TorchParallelFor {
 };
 inline constexpr TorchParallelFor torch_parallel_for{};
 
-// Precondition: one of the three dtypes, see kPoolDtypes in checks.h.
+// Precondition: one of kCpuPoolDtypes in checks.h.
 inline DType dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kHalf:
       return DType::kFloat16;
     case at::kBFloat16:
       return DType::kBFloat16;
+    case at::kChar:
+      return DType::kInt8;
     default:
       TORCH_INTERNAL_ASSERT(tensor.scalar_type() == at::kFloat);
       return DType::kFloat32;

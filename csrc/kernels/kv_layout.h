@@ -4,6 +4,7 @@
 // so attention streams a head's keys without gaps and a GPU can fetch a tile in one bulk copy.
 //   slot   = page * B + offset               (one token, all heads)
 //   vector = ((page * Hk + head) * B + offset) * D
+// The scales of int8 pools are [P, Hk, B]: one for each vector, in the same order.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +31,11 @@ struct KvLayout {
   SKV_HOST_DEVICE int64_t slot_offset(int64_t slot, int64_t head) const {
     return vector_offset(slot / page_size, head, slot % page_size);
   }
+  // Of the vector of `head` at `slot` among all vectors: where its scale is in [P, Hk, B].
+  SKV_HOST_DEVICE int64_t scale_offset(int64_t slot, int64_t head) const {
+    return (slot / page_size * num_kv_heads + head) * page_size + slot % page_size;
+  }
+  SKV_HOST_DEVICE int64_t page_vectors() const { return num_kv_heads * page_size; }
   SKV_HOST_DEVICE int64_t page_elements() const { return num_kv_heads * page_size * head_dim; }
   SKV_HOST_DEVICE int64_t num_slots() const { return num_pages * page_size; }
 };

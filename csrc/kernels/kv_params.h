@@ -15,8 +15,10 @@ struct AppendKvParams {
   const int64_t* slots;  // [N], page * B + offset; -1 = the row is skipped
   void* k_pool;          // [P, Hk, B, D], kv_dtype
   void* v_pool;          // [P, Hk, B, D], kv_dtype
+  float* k_scales;       // [P, Hk, B] for int8, else null
+  float* v_scales;       // [P, Hk, B] for int8, else null
   KvLayout layout;
-  DType source_dtype;  // float32 or kv_dtype
+  DType source_dtype;  // float32, or kv_dtype unless that is int8
   DType kv_dtype;
   int64_t num_rows;           // N
   int64_t key_row_stride;     // elements between rows of key
@@ -34,6 +36,8 @@ struct RopeAppendKvParams {
   const int64_t* slots;      // [N], page * B + offset; -1 = nothing is written for the row
   void* k_pool;              // [P, Hk, B, D], kv_dtype, gets the rotated key
   void* v_pool;              // [P, Hk, B, D], kv_dtype
+  float* k_scales;           // [P, Hk, B] for int8, else null
+  float* v_scales;           // [P, Hk, B] for int8, else null
   KvLayout layout;
   DType activation_dtype;
   DType kv_dtype;
@@ -51,10 +55,13 @@ struct CopyPagesParams {
   const int32_t* page_copies;  // [C, 2], (from, to), taking effect in order
   void* k_pool;                // [num_layers, P, Hk, B, D]
   void* v_pool;                // [num_layers, P, Hk, B, D]
+  void* k_scales;              // [num_layers, P, Hk, B], or null
+  void* v_scales;              // [num_layers, P, Hk, B], or null
   int64_t num_copies;          // C
   int64_t num_layers;
-  int64_t num_pages;   // P
-  int64_t page_bytes;  // Hk * B * D * bytes per element
+  int64_t num_pages;    // P
+  int64_t page_bytes;   // Hk * B * D * bytes per element
+  int64_t scale_bytes;  // Hk * B * bytes per scale, of a page; 0 without scales
 };
 
 }  // namespace skv

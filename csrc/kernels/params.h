@@ -8,12 +8,15 @@
 
 namespace skv {
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+// kInt8: elements of KV pools only; a vector has one float32 scale, x = element * scale.
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt8 };
 
 struct PagedAttentionParams {
   const void* query;             // [N, H, D], activation dtype, D contiguous
   const void* k_pool;            // [P, Hk, B, D], NaN allowed outside live slots
   const void* v_pool;            // [P, Hk, B, D], NaN allowed outside live slots
+  const float* k_scales;         // [P, Hk, B] for int8, else null; NaN allowed outside live slots
+  const float* v_scales;         // [P, Hk, B] for int8, else null
   const int32_t* page_table;     // [S, M], entries past ceil(seq_len/B) are never read
   const int32_t* seq_lens;       // [S], KV length including this step's rows
   const int32_t* query_offsets;  // [S + 1], rows of sequence s are [offsets[s], offsets[s+1])

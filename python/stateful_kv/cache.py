@@ -20,6 +20,7 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
 }
 
 # Pools smaller than this stay in ordinary pages.
@@ -38,6 +39,8 @@ class KVCache:
     Attributes:
         k: [num_layers, P, Hk, B, D], keys; `cache.k[layer]` is what an op takes.
         v: [num_layers, P, Hk, B, D], values.
+        k_scales: float32[num_layers, P, Hk, B], scales of the keys of int8 pools; else None.
+        v_scales: float32[num_layers, P, Hk, B], scales of the values of int8 pools; else None.
         page_size: tokens a page holds (B).
         num_pages: pages of the pool (P).
         relieve: called when eviction does not free enough; releases a sequence of something idle
@@ -58,6 +61,10 @@ class KVCache:
     ) -> None:
         shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
         self.k, self.v = _make_pools(shape, dtype, check_device(device))
+        self.k_scales: torch.Tensor | None = None
+        self.v_scales: torch.Tensor | None = None
+        if dtype == torch.int8:
+            self.k_scales, self.v_scales = torch.zeros(2, *shape[:-1], device=device)
         self.page_size = page_size
         self.num_pages = num_pages
         self.relieve: Callable[[], bool] | None = None
@@ -130,7 +137,16 @@ class KVCache:
                 raise self._out_of_pages(wanted)
             copies = self._table.append(sequence_id, num_tokens)
         if copies.shape[0]:
-            ops.copy_pages(copies, self.k, self.v)
+            self._copy_pages(copies)
+
+    def scales(self, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Scales of the layer's keys and values, what an op takes beside int8 pools; else None."""
+        if self.k_scales is None or self.v_scales is None:
+            return None, None
+        return self.k_scales[layer], self.v_scales[layer]
+
+    def _copy_pages(self, page_copies: torch.Tensor) -> None:
+        ops.copy_pages(page_copies, self.k, self.v, self.k_scales, self.v_scales)
 
     def check_room(self, sequence_id: int, num_tokens: int, *, can_relieve: bool = True) -> None:
         """Raises OutOfPagesError if `reserve` could not make room; changes nothing either way."""
@@ -237,7 +253,7 @@ class KVCache:
         if copy is None:
             return
         try:
-            ops.copy_pages(torch.stack([pages[-1:], copy], dim=1), self.k, self.v)
+            self._copy_pages(torch.stack([pages[-1:], copy], dim=1))
             self._tree.insert(DEFAULT_ROOT_KEY, tokens, torch.cat([pages[:-1], copy]))
         finally:
             self._pool.release(copy)
@@ -267,6 +283,8 @@ def _make_pools(
     """Allocates the key and the value pool; StatefulKVError names their size if that fails."""
     num_pages, page_size = shape[1], shape[3]
     num_bytes = 2 * math.prod(shape) * dtype.itemsize
+    if dtype == torch.int8:  # and a scale for each vector
+        num_bytes += 2 * math.prod(shape[:-1]) * torch.float32.itemsize
     size = f"a KV pool of {num_pages} pages of {page_size} tokens ({num_bytes} bytes)"
     limit = _physical_memory() if device.type == "cpu" else None
     # Checked first: memory is promised freely, and the process killed when it is written to.

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-KV_DTYPES = ("float16", "float32", "bfloat16")
+KV_DTYPES = ("float16", "float32", "bfloat16", "int8")
 MAX_DRAFT_LIMIT = 63
 
 
@@ -220,7 +220,8 @@ class EngineConfig:
     Attributes:
         kv_tokens: tokens the KV pool holds (rounded up to whole pages).
         page_size: tokens a page holds.
-        kv_dtype: "float16", "float32" or "bfloat16".
+        kv_dtype: "float16", "float32", "bfloat16" or "int8" (with a scale a vector; half the memory
+            of float16, not quite its values).
         max_batch_tokens: rows of one forward pass, all sessions together.
         draft: propose tokens from the session's own text and verify them in one pass.
         max_draft: longest draft of one session in one step.

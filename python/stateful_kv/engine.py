@@ -102,7 +102,7 @@ class Engine:
             name: "smollm2", or the path of a GGUF file or a Hugging Face folder, or a Hub id.
             kv_tokens: tokens the KV cache holds, all sessions together.
             page_size: tokens a page holds.
-            kv_dtype: "float16", "float32" or "bfloat16".
+            kv_dtype: "float16", "float32", "bfloat16" or "int8".
             weight_format: "auto", "int8", "int4" or "fp32".
             draft: propose tokens from the session's own text; changes nothing but time.
             max_batch_tokens: rows of one forward pass.

@@ -41,40 +41,92 @@ def _check_devices(op: str, device: torch.device, **tensors: Tensor | None) -> N
             raise ValueError(f"{op}: {name}: expected device {device}, got {tensor.device}")
 
 
-def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
     """Writes the keys and values of new tokens to their slots, in the dtype of the pool.
 
-    On the CPU, of rows with the same slot the last one stays; on CUDA any of them may.
+    On the CPU, of rows with the same slot the last one stays; on CUDA any of them may. A vector x
+    goes to a pool of int8 as round(x / scale), scale = max |x| / 127, halves to even; its scale is
+    0 if all of x is 0, and NaN if x has an infinity or a NaN.
 
     Args:
-        k: float32 or dtype of the pool [N, Hk, D], D contiguous - new keys.
+        k: float32, or dtype of the pool unless that is int8, [N, Hk, D], D contiguous - new keys.
         v: dtype of k [N, Hk, D], D contiguous - new values.
         slots: int64[N], contiguous - where each row goes, -1 = the row is skipped.
-        k_pool: float32|float16|bfloat16 [P, Hk, B, D], contiguous - written in place.
+        k_pool: float32|float16|bfloat16|int8 (CUDA: not int8) [P, Hk, B, D], contiguous - written
+            in place.
         v_pool: dtype and shape of k_pool, contiguous, memory of its own - written in place.
+        k_scales: float32[P, Hk, B], contiguous, for pools of int8, else None - written in place.
+        v_scales: as k_scales, of the values, memory of its own - written in place.
     """
-    _ops.append_kv.default(k, v, slots, k_pool, v_pool)
+    _ops.append_kv.default(k, v, slots, k_pool, v_pool, k_scales, v_scales)
 
 
 @_fake("append_kv")
-def _(k: Tensor, v: Tensor, slots: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
-    _check_devices("append_kv", k_pool.device, k=k, v=v, slots=slots, v_pool=v_pool)
+def _(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    _check_devices(
+        "append_kv",
+        k_pool.device,
+        k=k,
+        v=v,
+        slots=slots,
+        v_pool=v_pool,
+        k_scales=k_scales,
+        v_scales=v_scales,
+    )
 
 
-def copy_pages(page_copies: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
+def copy_pages(
+    page_copies: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
     """Copies whole pages within the pools: what copy-on-write asks for.
 
     Args:
         page_copies: int32[C, 2], contiguous - (from, to) page ids, taking effect in order.
         k_pool: [P, Hk, B, D] or [num_layers, P, Hk, B, D], contiguous - written in place.
         v_pool: dtype and shape of k_pool, contiguous, memory of its own - written in place.
+        k_scales: float32, the shape of k_pool without D, contiguous, for pools of int8, else None -
+            written in place.
+        v_scales: as k_scales, of the values, memory of its own - written in place.
     """
-    _ops.copy_pages.default(page_copies, k_pool, v_pool)
+    _ops.copy_pages.default(page_copies, k_pool, v_pool, k_scales, v_scales)
 
 
 @_fake("copy_pages")
-def _(page_copies: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
-    _check_devices("copy_pages", k_pool.device, page_copies=page_copies, v_pool=v_pool)
+def _(
+    page_copies: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    _check_devices(
+        "copy_pages",
+        k_pool.device,
+        page_copies=page_copies,
+        v_pool=v_pool,
+        k_scales=k_scales,
+        v_scales=v_scales,
+    )
 
 
 def paged_attention(
@@ -87,6 +139,8 @@ def paged_attention(
     scale: float,
     sliding_window: int = 0,
     soft_cap: float = 0.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of ragged query rows over paged keys and values.
 
@@ -98,7 +152,8 @@ def paged_attention(
     Args:
         q: float32[N, H, D] (CUDA: also float16, bfloat16), D contiguous, H a multiple of Hk - the
             query rows; D is a multiple of 16, at most 256.
-        k_pool: float32|float16|bfloat16 [P, Hk, B, D], contiguous, NaN allowed outside live slots.
+        k_pool: float32|float16|bfloat16|int8 (CUDA: not int8) [P, Hk, B, D], contiguous, NaN
+            allowed outside live slots.
         v_pool: dtype and shape of k_pool, contiguous, NaN allowed outside live slots.
         page_table: int32[S, M], M contiguous - page ids in order, entries past ceil(seq_len/B) are
             never read.
@@ -108,12 +163,25 @@ def paged_attention(
         scale: factor of the scores, usually D ** -0.5.
         sliding_window: a row sees only the last `sliding_window` positions; 0 = all.
         soft_cap: c > 0 turns a score x into c * tanh(x / c), after the scale; 0 = off.
+        k_scales: float32[P, Hk, B], contiguous, for pools of int8, else None; NaN allowed outside
+            live slots.
+        v_scales: as k_scales, of the values.
 
     Returns:
         [N, H, D] in the dtype of q.
     """
     result: Tensor = _ops.paged_attention.default(
-        q, k_pool, v_pool, page_table, seq_lens, query_offsets, scale, sliding_window, soft_cap
+        q,
+        k_pool,
+        v_pool,
+        page_table,
+        seq_lens,
+        query_offsets,
+        scale,
+        sliding_window,
+        soft_cap,
+        k_scales,
+        v_scales,
     )
     return result
 
@@ -129,6 +197,8 @@ def _(
     scale: float,
     sliding_window: int = 0,
     soft_cap: float = 0.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     _check_devices(
         "paged_attention",
@@ -138,6 +208,8 @@ def _(
         page_table=page_table,
         seq_lens=seq_lens,
         query_offsets=query_offsets,
+        k_scales=k_scales,
+        v_scales=v_scales,
     )
     return q.new_empty(q.shape)
 
@@ -173,6 +245,8 @@ def rope_append_kv(
     slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """Rotary embedding and append in one pass: rotates q in place, writes rotated k and v.
 
@@ -186,10 +260,15 @@ def rope_append_kv(
         positions: int32[N], contiguous - absolute positions in [0, max_pos).
         cos_sin: float32[max_pos, D], contiguous - D/2 cosines, then D/2 sines.
         slots: int64[N], contiguous - where each row goes, -1 = nothing is written for the row.
-        k_pool: float32|float16|bfloat16 [P, Hk, B, D], contiguous - written in place.
+        k_pool: float32|float16|bfloat16|int8 (CUDA: not int8) [P, Hk, B, D], contiguous - written
+            in place, see append_kv.
         v_pool: dtype and shape of k_pool, contiguous, memory of its own - written in place.
+        k_scales: float32[P, Hk, B], contiguous, for pools of int8, else None - written in place.
+        v_scales: as k_scales, of the values, memory of its own - written in place.
     """
-    _ops.rope_append_kv.default(q, k, v, positions, cos_sin, slots, k_pool, v_pool)
+    _ops.rope_append_kv.default(
+        q, k, v, positions, cos_sin, slots, k_pool, v_pool, k_scales, v_scales
+    )
 
 
 @_fake("rope_append_kv")
@@ -202,6 +281,8 @@ def _(
     slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     _check_devices(
         "rope_append_kv",
@@ -213,6 +294,8 @@ def _(
         cos_sin=cos_sin,
         slots=slots,
         v_pool=v_pool,
+        k_scales=k_scales,
+        v_scales=v_scales,
     )
 
 

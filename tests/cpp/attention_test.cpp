@@ -46,7 +46,9 @@ class Batch {
         seq_lens_(num_sequences()),
         offsets_(num_sequences() + 1),
         k_pool_(layout_.num_pages * layout_.page_elements(), nan()),
-        v_pool_(layout_.num_pages * layout_.page_elements(), nan()) {
+        v_pool_(layout_.num_pages * layout_.page_elements(), nan()),
+        k_scales_(kIsInt8 ? layout_.num_pages * layout_.page_vectors() : 0, std::nanf("")),
+        v_scales_(kIsInt8 ? layout_.num_pages * layout_.page_vectors() : 0, std::nanf("")) {
     std::vector<int32_t> pages(static_cast<size_t>(layout_.num_pages));
     std::iota(pages.begin(), pages.end(), 0);
     std::shuffle(pages.begin(), pages.end(), std::mt19937(2));
@@ -84,10 +86,11 @@ class Batch {
     const int64_t first = case_.window > 0 ? std::max<int64_t>(0, last + 1 - case_.window) : 0;
     std::vector<double> scores;
     for (int64_t key = first; key <= last; ++key) {
-      const Element* vector = k_pool_.data() + vector_offset(sequence, key, kv_head);
+      const int64_t at = vector_offset(sequence, key, kv_head);
+      const Element* vector = k_pool_.data() + at;
       double score = 0;
       for (int64_t d = 0; d < case_.head_dim; ++d) score += query[d] * number(vector[d]);
-      score *= scale();
+      score *= scale() * factor(k_scales_, at);
       if (case_.soft_cap > 0) score = case_.soft_cap * std::tanh(score / case_.soft_cap);
       scores.push_back(score);
     }
@@ -96,9 +99,12 @@ class Batch {
     std::vector<double> output(static_cast<size_t>(case_.head_dim), 0.0);
     for (int64_t key = first; key <= last; ++key) {
       const double weight = std::exp(scores[static_cast<size_t>(key - first)] - largest);
-      const Element* vector = v_pool_.data() + vector_offset(sequence, key, kv_head);
+      const int64_t at = vector_offset(sequence, key, kv_head);
+      const Element* vector = v_pool_.data() + at;
       sum += weight;
-      for (size_t d = 0; d < output.size(); ++d) output[d] += weight * number(vector[d]);
+      for (size_t d = 0; d < output.size(); ++d) {
+        output[d] += weight * number(vector[d]) * factor(v_scales_, at);
+      }
     }
     for (double& value : output) value /= sum;
     return output;
@@ -109,26 +115,35 @@ class Batch {
   int64_t row_size() const { return case_.num_heads * case_.head_dim; }
 
  private:
+  static constexpr bool kIsInt8 = sizeof(Element) == 1;
+
   static Element nan() {
     if constexpr (sizeof(Element) == 4) {
       return std::nanf("");
+    } else if constexpr (kIsInt8) {
+      return 99;  // int8 has none: the scales are NaN
     } else {
       return 0x7FFF;  // in both 16-bit types
     }
   }
-  Element rounded(float value) const {
+  Element rounded(float value, float scale) const {
     if constexpr (sizeof(Element) == 4) {
       return value;
+    } else if constexpr (kIsInt8) {
+      return static_cast<Element>(std::clamp(std::round(value / scale), -127.0F, 127.0F));
     } else {
       return dtype_ == DType::kFloat16 ? cpu::float_to_half(value) : cpu::float_to_bfloat16(value);
     }
   }
   float number(Element value) const {
-    if constexpr (sizeof(Element) == 4) {
+    if constexpr (sizeof(Element) == 4 || kIsInt8) {
       return value;
     } else {
       return dtype_ == DType::kFloat16 ? cpu::half_to_float(value) : cpu::bfloat16_to_float(value);
     }
+  }
+  double factor(const ExactArray<float>& scales, int64_t vector_at) const {
+    return kIsInt8 ? scales[vector_at / case_.head_dim] : 1.0F;
   }
 
   int64_t pages_of(const Sequence& sequence) const {
@@ -165,8 +180,13 @@ class Batch {
     const auto values = random_floats(length * width, seed + 1);
     for (int64_t i = 0; i < length * width; ++i) {
       const int64_t at = vector_offset(sequence, i / width, i % width / case_.head_dim);
-      k_pool_[at + i % case_.head_dim] = rounded(keys[static_cast<size_t>(i)]);
-      v_pool_[at + i % case_.head_dim] = rounded(values[static_cast<size_t>(i)]);
+      const float key_scale = 0.05F * static_cast<float>(1 + i / case_.head_dim % 3);
+      const float value_scale = 0.02F * static_cast<float>(1 + i / case_.head_dim % 5);
+      k_pool_[at + i % case_.head_dim] = rounded(keys[static_cast<size_t>(i)], key_scale);
+      v_pool_[at + i % case_.head_dim] = rounded(values[static_cast<size_t>(i)], value_scale);
+      if (!kIsInt8) continue;
+      k_scales_[at / case_.head_dim] = key_scale;
+      v_scales_[at / case_.head_dim] = value_scale;
     }
   }
 
@@ -177,6 +197,8 @@ class Batch {
     cpu::kernels().paged_attention({.query = query,
                                     .k_pool = k_pool_.data(),
                                     .v_pool = v_pool_.data(),
+                                    .k_scales = kIsInt8 ? k_scales_.data() : nullptr,
+                                    .v_scales = kIsInt8 ? v_scales_.data() : nullptr,
                                     .page_table = page_table.data(),
                                     .seq_lens = seq_lens.data(),
                                     .query_offsets = offsets.data(),
@@ -209,6 +231,8 @@ class Batch {
   ExactArray<int32_t> offsets_;
   ExactArray<Element> k_pool_;
   ExactArray<Element> v_pool_;
+  ExactArray<float> k_scales_;
+  ExactArray<float> v_scales_;
 };
 
 bool same_bits(const float* a, const float* b, int64_t count) {
@@ -249,6 +273,7 @@ void check_dtypes(const Case& c) {
   check<float>(c, DType::kFloat32);
   check<uint16_t>(c, DType::kFloat16);
   check<uint16_t>(c, DType::kBFloat16);
+  check<int8_t>(c, DType::kInt8);
 }
 
 TEST_F(PagedAttention, OneQueryVector) {

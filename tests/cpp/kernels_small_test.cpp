@@ -61,10 +61,21 @@ TEST_F(AppendKv, WritesRowsInOrder) {
           wanted_v.put(at, value[static_cast<size_t>(row * stride + i)]);
         }
       }
-      const AppendKvParams params{key.data(),     value.data(), kSlots.data(),   k.bytes.data(),
-                                  v.bytes.data(), layout,       DType::kFloat32, dtype,
-                                  kNumRows,       stride,       layout.head_dim, stride,
-                                  layout.head_dim};
+      const AppendKvParams params{.key = key.data(),
+                                  .value = value.data(),
+                                  .slots = kSlots.data(),
+                                  .k_pool = k.bytes.data(),
+                                  .v_pool = v.bytes.data(),
+                                  .k_scales = nullptr,
+                                  .v_scales = nullptr,
+                                  .layout = layout,
+                                  .source_dtype = DType::kFloat32,
+                                  .kv_dtype = dtype,
+                                  .num_rows = kNumRows,
+                                  .key_row_stride = stride,
+                                  .key_head_stride = layout.head_dim,
+                                  .value_row_stride = stride,
+                                  .value_head_stride = layout.head_dim};
       cpu::kernels().append_kv(params, kBackwards);
       EXPECT_EQ(k.bytes, wanted_k.bytes);
       EXPECT_EQ(v.bytes, wanted_v.bytes);
@@ -78,19 +89,21 @@ TEST_F(AppendKv, KeepsBitsOfThePoolsDtype) {
   for (size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<uint16_t>(0x7C01 + 997 * i);
   for (DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     Pool k(layout, dtype), v(layout, dtype);
-    const AppendKvParams params{rows.data(),
-                                rows.data(),
-                                kSlots.data(),
-                                k.bytes.data(),
-                                v.bytes.data(),
-                                layout,
-                                dtype,
-                                dtype,
-                                kNumRows,
-                                16,
-                                16,
-                                16,
-                                16};
+    const AppendKvParams params{.key = rows.data(),
+                                .value = rows.data(),
+                                .slots = kSlots.data(),
+                                .k_pool = k.bytes.data(),
+                                .v_pool = v.bytes.data(),
+                                .k_scales = nullptr,
+                                .v_scales = nullptr,
+                                .layout = layout,
+                                .source_dtype = dtype,
+                                .kv_dtype = dtype,
+                                .num_rows = kNumRows,
+                                .key_row_stride = 16,
+                                .key_head_stride = 16,
+                                .value_row_stride = 16,
+                                .value_head_stride = 16};
     cpu::kernels().append_kv(params, kSerial);
     EXPECT_EQ(0, std::memcmp(k.bytes.data() + 2 * 32, rows.data() + 4 * 16, 32));
     EXPECT_EQ(0, std::memcmp(v.bytes.data(), rows.data() + 16, 32));
@@ -141,6 +154,8 @@ TEST_F(RopeAppendKv, RotatesQueriesAndWritesRotatedKeys) {
                                       .slots = kSlots.data(),
                                       .k_pool = k.bytes.data(),
                                       .v_pool = v.bytes.data(),
+                                      .k_scales = nullptr,
+                                      .v_scales = nullptr,
                                       .layout = layout,
                                       .activation_dtype = DType::kFloat32,
                                       .kv_dtype = dtype,
@@ -174,11 +189,38 @@ TEST(CopyPages, CopiesEveryLayerInOrder) {
       for (int to : {1, 3}) std::copy_n(page, kPageBytes, page + to * kPageBytes);
     }
   }
-  cpu::copy_pages({copies.data(), k.data(), v.data(), 3, kLayers, kPages, kPageBytes}, kBackwards);
+  // The scales: the same copies of smaller pages.
+  constexpr int64_t kScaleBytes = 4;
+  std::vector<uint8_t> k_scales(k.begin(), k.begin() + kLayers * kPages * kScaleBytes);
+  auto v_scales = k_scales;
+  std::reverse(v_scales.begin(), v_scales.end());
+  auto wanted_k_scales = k_scales, wanted_v_scales = v_scales;
+  for (auto* scales : {&wanted_k_scales, &wanted_v_scales}) {
+    for (size_t layer = 0; layer < kLayers; ++layer) {
+      uint8_t* pages = scales->data() + layer * kPages * kScaleBytes;
+      std::memcpy(pages + 1 * kScaleBytes, pages, kScaleBytes);
+      std::memcpy(pages + 3 * kScaleBytes, pages + 1 * kScaleBytes, kScaleBytes);
+    }
+  }
+  CopyPagesParams params{.page_copies = copies.data(),
+                         .k_pool = k.data(),
+                         .v_pool = v.data(),
+                         .k_scales = k_scales.data(),
+                         .v_scales = v_scales.data(),
+                         .num_copies = 3,
+                         .num_layers = kLayers,
+                         .num_pages = kPages,
+                         .page_bytes = kPageBytes,
+                         .scale_bytes = kScaleBytes};
+  cpu::copy_pages(params, kBackwards);
   EXPECT_EQ(k, wanted_k);
   EXPECT_EQ(v, wanted_v);
-  cpu::copy_pages({copies.data(), k.data(), v.data(), 0, kLayers, kPages, kPageBytes}, kBackwards);
+  EXPECT_EQ(k_scales, wanted_k_scales);
+  EXPECT_EQ(v_scales, wanted_v_scales);
+  params.num_copies = 0;
+  cpu::copy_pages(params, kBackwards);
   EXPECT_EQ(k, wanted_k);
+  EXPECT_EQ(k_scales, wanted_k_scales);
 }
 
 TEST_F(RmsNorm, MatchesDoubleAndKeepsBitsInAnyBatch) {

@@ -42,6 +42,7 @@ def recorder(engine: Engine) -> Recorder:
     [
         *itertools.product(["float16"], [1, 2, 3], [1, 7, 16, 1024]),
         *itertools.product(["float32", "bfloat16"], [1], [7, 1024]),
+        *itertools.product(["int8"], [1, 2], [1, 7, 1024]),
     ],
 )
 def test_incremental_equals_from_scratch(
@@ -64,23 +65,34 @@ def test_incremental_equals_from_scratch(
             assert expected[position] in rows, f"logits at position {position} differ"
 
 
+@pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64])
-def test_page_size_does_not_matter(make_engine: MakeEngine, page_size: int) -> None:
-    one, other = make_engine(page_size=page_size), make_engine(page_size=32)
+def test_page_size_does_not_matter(make_engine: MakeEngine, page_size: int, kv_dtype: str) -> None:
+    one = make_engine(page_size=page_size, kv_dtype=kv_dtype)
+    other = make_engine(page_size=32, kv_dtype=kv_dtype)
     assert play(one.session("a")) == play(other.session("b"))
     assert recorder(one).rows == recorder(other).rows
 
 
 @pytest.mark.parametrize(
-    ("sampling", "num_threads"), [*((s, 1) for s in SETTINGS), ({}, 2), ({}, 3), (PENALISED, 3)]
+    ("sampling", "num_threads", "kv_dtype"),
+    [
+        *((sampling, 1, "float16") for sampling in SETTINGS),
+        *((sampling, 1, "int8") for sampling in SETTINGS),
+        ({}, 2, "float16"),
+        ({}, 3, "float16"),
+        (PENALISED, 3, "float16"),
+    ],
 )
 def test_drafts_change_nothing_but_steps(
     make_engine: MakeEngine,
     set_num_threads: Callable[[int], None],
     sampling: dict,
     num_threads: int,
+    kv_dtype: str,
 ) -> None:
-    drafted, plain = make_engine(draft=True), make_engine(draft=False)
+    drafted = make_engine(draft=True, kv_dtype=kv_dtype)
+    plain = make_engine(draft=False, kv_dtype=kv_dtype)
     one, other = drafted.session("a"), plain.session("b")
     expected = play(other, **sampling)
     set_num_threads(num_threads)
@@ -109,9 +121,10 @@ def test_drafts_hit(make_engine: MakeEngine) -> None:
         assert receipt.steps == 60 - receipt.accepted_tokens
 
 
+@pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
 @pytest.mark.parametrize("sampling", [{}, PENALISED])
-def test_fork_equals_independent(make_engine: MakeEngine, sampling: dict) -> None:
-    engine = make_engine()
+def test_fork_equals_independent(make_engine: MakeEngine, sampling: dict, kv_dtype: str) -> None:
+    engine = make_engine(kv_dtype=kv_dtype)
     parent = engine.session("parent", system="shared")
     play(parent, MESSAGES[:2], **sampling)
     child = parent.fork("child")
@@ -126,7 +139,7 @@ def test_fork_equals_independent(make_engine: MakeEngine, sampling: dict) -> Non
         (parent, (*MESSAGES[:2], "right", "more")),
         (grandchild, (*MESSAGES[:2], "left", "right")),
     ):
-        alone = make_engine(draft=False)
+        alone = make_engine(draft=False, kv_dtype=kv_dtype)
         assert play(alone.session(system="shared"), messages, **sampling) == session.token_ids
         assert set(recorder(alone).rows) <= set(recorder(engine).rows)
 

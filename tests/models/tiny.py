@@ -93,6 +93,10 @@ class PlainCache:
     k: torch.Tensor
     v: torch.Tensor
 
+    def scales(self, layer: int) -> tuple[None, None]:
+        """The pools hold floats."""
+        return None, None
+
 
 def plain_cache(config: ModelConfig, num_pages: int, page_size: int = 16) -> PlainCache:
     shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)

@@ -7,23 +7,26 @@ from typing import Any
 
 import torch
 
-from tests.ops.paged import make_batch, make_pools, offsets
+from tests.ops.paged import make_batch, make_pools, offsets, quantized
 from tests.reference import elementwise
 
 Arguments = dict[str, Any]
+
+# Of pools that are not int8; int8_arguments has the others.
+NO_SCALES: Arguments = {"k_scales": None, "v_scales": None}
 
 
 def _append_kv() -> Arguments:
     k_pool, v_pool = (pool.zero_() for pool in make_pools(5, 2, 16, 32))
     k, v = torch.randn(2, 4, 2, 32)
     slots = torch.tensor([17, 40, -1, 63])
-    return {"k": k, "v": v, "slots": slots, "k_pool": k_pool, "v_pool": v_pool}
+    return {"k": k, "v": v, "slots": slots, "k_pool": k_pool, "v_pool": v_pool} | NO_SCALES
 
 
 def _copy_pages() -> Arguments:
     k_pool, v_pool = torch.randn(2, 5, 2, 16, 32)
     copies = torch.tensor([[1, 2], [4, 0]], dtype=torch.int32)
-    return {"page_copies": copies, "k_pool": k_pool, "v_pool": v_pool}
+    return {"page_copies": copies, "k_pool": k_pool, "v_pool": v_pool} | NO_SCALES
 
 
 def _paged_attention() -> Arguments:
@@ -33,7 +36,7 @@ def _paged_attention() -> Arguments:
     # opcheck compares pools before and after with torch.equal, for which NaN is a change.
     tensors["k_pool"].nan_to_num_()
     tensors["v_pool"].nan_to_num_()
-    return {**tensors, "scale": batch.scale, "sliding_window": 7, "soft_cap": 20.0}
+    return {**tensors, "scale": batch.scale, "sliding_window": 7, "soft_cap": 20.0} | NO_SCALES
 
 
 def _rms_norm() -> Arguments:
@@ -52,7 +55,7 @@ def _rope_append_kv() -> Arguments:
         "slots": torch.tensor([17, 40, -1, 63]),
         "k_pool": k_pool,
         "v_pool": v_pool,
-    }
+    } | NO_SCALES
 
 
 def _silu_mul() -> Arguments:
@@ -137,22 +140,26 @@ def _verify_draft() -> Arguments:
 
 CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
     "append_kv": (
-        "(Tensor k, Tensor v, Tensor slots, Tensor(a!) k_pool, Tensor(b!) v_pool) -> ()",
+        "(Tensor k, Tensor v, Tensor slots, Tensor(a!) k_pool, Tensor(b!) v_pool, "
+        "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()",
         _append_kv,
     ),
     "copy_pages": (
-        "(Tensor page_copies, Tensor(a!) k_pool, Tensor(b!) v_pool) -> ()",
+        "(Tensor page_copies, Tensor(a!) k_pool, Tensor(b!) v_pool, "
+        "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()",
         _copy_pages,
     ),
     "paged_attention": (
         "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor page_table, Tensor seq_lens, "
-        "Tensor query_offsets, float scale, int sliding_window=0, float soft_cap=0.0) -> Tensor",
+        "Tensor query_offsets, float scale, int sliding_window=0, float soft_cap=0.0, "
+        "Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
         _paged_attention,
     ),
     "rms_norm": ("(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm),
     "rope_append_kv": (
         "(Tensor(a!) q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, Tensor slots, "
-        "Tensor(b!) k_pool, Tensor(c!) v_pool) -> ()",
+        "Tensor(b!) k_pool, Tensor(c!) v_pool, Tensor(d!)? k_scales=None, "
+        "Tensor(e!)? v_scales=None) -> ()",
         _rope_append_kv,
     ),
     "silu_mul": ("(Tensor gate_up) -> Tensor", _silu_mul),
@@ -193,3 +200,15 @@ WRITTEN = {
 def valid_arguments(op: str) -> Arguments:
     """Fresh arguments that the op accepts."""
     return CASES[op][1]()
+
+
+INT8_OPS = ("append_kv", "copy_pages", "paged_attention", "rope_append_kv")
+
+
+def int8_arguments(op: str) -> Arguments:
+    """The same with pools of int8 and their scales."""
+    arguments = valid_arguments(op)
+    for name in ("k", "v"):
+        pool, scales = quantized(arguments[f"{name}_pool"])
+        arguments |= {f"{name}_pool": pool, f"{name}_scales": scales}
+    return arguments

@@ -128,6 +128,19 @@ def make_pools(
     return k_pool, k_pool.clone()
 
 
+def quantized(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 vectors and float32 scales (no last dimension) that stand for float32 vectors.
+
+    A vector with NaN, such as a slot without a token, gets the scale NaN and zeros.
+    """
+    scales = vectors.float().abs().amax(-1) / 127
+    steps = vectors.float() / scales[..., None]
+    is_number = torch.isfinite(scales) & (scales > 0)
+    steps = torch.where(is_number[..., None], steps, torch.zeros_like(steps))
+    scales = torch.where(torch.isfinite(scales), scales, torch.full_like(scales, float("nan")))
+    return steps.round().clamp(-127, 127).to(torch.int8), scales
+
+
 def random_slots(count: int, num_pages: int, page_size: int) -> Tensor:
     """Distinct slots that leave the first and the last page alone."""
     usable = torch.randperm((num_pages - 2) * page_size)[:count] + page_size

@@ -83,6 +83,7 @@ POOL: dict[str, Change] = {
     "stride": spread,
 }
 V_POOL = POOL | {"other dtype": dtype(F16), "pages": resize(0, 1), "page_size": resize(2, 1)}
+SCALES_WITHOUT_INT8: dict[str, Change] = {"not int8": to(torch.zeros(5, 2, 16))}
 SLOTS: dict[str, Change] = {
     "dtype": dtype(I32),
     "rank": deeper,
@@ -111,6 +112,8 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
         "slots": SLOTS,
         "k_pool": POOL,
         "v_pool": V_POOL,
+        "k_scales": SCALES_WITHOUT_INT8,
+        "v_scales": SCALES_WITHOUT_INT8,
     },
     "copy_pages": {
         "page_copies": {
@@ -124,6 +127,8 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
         },
         "k_pool": POOL,
         "v_pool": V_POOL,
+        "k_scales": SCALES_WITHOUT_INT8,
+        "v_scales": SCALES_WITHOUT_INT8,
     },
     "paged_attention": {
         "q": {
@@ -158,6 +163,8 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
         "scale": {"nan": to(float("nan")), "inf": to(float("inf"))},
         "sliding_window": {"negative": to(-1)},
         "soft_cap": {"negative": to(-1.0), "nan": to(float("nan"))},
+        "k_scales": SCALES_WITHOUT_INT8,
+        "v_scales": SCALES_WITHOUT_INT8,
     },
     "rms_norm": {
         "x": {"dtype": dtype(F64), "int": dtype(I32), "stride": spread, "rank": to(torch.ones(()))},
@@ -200,6 +207,8 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
         "slots": SLOTS,
         "k_pool": POOL,
         "v_pool": V_POOL,
+        "k_scales": SCALES_WITHOUT_INT8,
+        "v_scales": SCALES_WITHOUT_INT8,
     },
     "silu_mul": {
         "gate_up": {

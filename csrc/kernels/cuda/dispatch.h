@@ -29,6 +29,8 @@ cudaError_t dispatch_dtype(DType dtype, Body body) {
       return body(TypeTag<__half>{});
     case DType::kBFloat16:
       return body(TypeTag<__nv_bfloat16>{});
+    case DType::kInt8:  // refused by the ops
+      break;
   }
   return cudaErrorInvalidValue;
 }

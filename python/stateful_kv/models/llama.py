@@ -33,6 +33,9 @@ class LayeredCache(Protocol):
     def v(self) -> Tensor:
         """[num_layers, P, Hk, B, D], values."""
 
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """float32[P, Hk, B] of the layer's keys and values if the pools are int8, else None."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -278,7 +281,9 @@ class LlamaModel:
         """The same, op by op."""
         eps, last = self.config.rms_norm_eps, len(self.weights.layers) - 1
         for index, layer in enumerate(self.weights.layers):
-            attended = self._attend(layer, x, batch, cache.k[index], cache.v[index])
+            attended = self._attend(
+                layer, x, batch, cache.k[index], cache.v[index], *cache.scales(index)
+            )
             if index == last:
                 # After the last KV write only the wanted rows matter, and rows are independent.
                 x = x.index_select(0, batch.logit_rows)
@@ -289,7 +294,14 @@ class LlamaModel:
         return x
 
     def _attend(
-        self, layer: LayerWeights, x: Tensor, batch: Batch, k_pool: Tensor, v_pool: Tensor
+        self,
+        layer: LayerWeights,
+        x: Tensor,
+        batch: Batch,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        k_scales: Tensor | None,
+        v_scales: Tensor | None,
     ) -> Tensor:
         """Normalises, projects, rotates, writes K and V, attends.
 
@@ -304,7 +316,16 @@ class LlamaModel:
             q = self._normalise_heads(q, layer.q_norm)
             k = self._normalise_heads(k, layer.k_norm)
         ops.rope_append_kv(
-            q, k, v, batch.positions, self.weights.cos_sin, batch.slots, k_pool, v_pool
+            q,
+            k,
+            v,
+            batch.positions,
+            self.weights.cos_sin,
+            batch.slots,
+            k_pool,
+            v_pool,
+            k_scales,
+            v_scales,
         )
         attended = ops.paged_attention(
             q,
@@ -315,6 +336,8 @@ class LlamaModel:
             batch.query_offsets,
             self._scale,
             self._window,
+            k_scales=k_scales,
+            v_scales=v_scales,
         )
         return attended.view(-1, num_heads * config.head_dim)
 

@@ -15,7 +15,12 @@ namespace {
 constexpr int64_t kElementsPerThread = 1 << 15;
 
 SKV_INLINE void append_vector(const AppendKvParams& params, const void* source, int64_t source_at,
-                              void* pool, int64_t pool_at) {
+                              void* pool, int64_t pool_at, float* scales, int64_t scale_at) {
+  if (params.kv_dtype == DType::kInt8) {
+    store_quantized(static_cast<const float*>(source) + source_at, params.layout.head_dim,
+                    static_cast<int8_t*>(pool) + pool_at, scales + scale_at);
+    return;
+  }
   if (params.source_dtype == params.kv_dtype) {
     const int64_t size = element_size(params.kv_dtype);
     std::memcpy(static_cast<char*>(pool) + pool_at * size,
@@ -35,12 +40,13 @@ void append_kv(const AppendKvParams& params, ParallelFor parallel_for) {
       for (int64_t row = 0; row < params.num_rows; ++row) {
         if (params.slots[row] < 0) continue;
         const int64_t pool_at = params.layout.slot_offset(params.slots[row], head);
+        const int64_t scale_at = params.layout.scale_offset(params.slots[row], head);
         append_vector(params, params.key,
                       row * params.key_row_stride + head * params.key_head_stride, params.k_pool,
-                      pool_at);
+                      pool_at, params.k_scales, scale_at);
         append_vector(params, params.value,
                       row * params.value_row_stride + head * params.value_head_stride,
-                      params.v_pool, pool_at);
+                      params.v_pool, pool_at, params.v_scales, scale_at);
       }
     }
   };

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "csrc/kernels/cpu/isa/fma_tile.h"
+#include "csrc/kernels/cpu/isa/kv_store.h"
 #include "csrc/kernels/cpu/isa/turn_keys.h"
 #include "csrc/kernels/params.h"
 
@@ -44,6 +46,15 @@ struct State {
   }
 };
 
+// Of an int8 chunk: the scale of each key and of each value.
+struct ChunkScales {
+  alignas(64) float keys[kChunk];
+  alignas(64) float values[kChunk];
+};
+
+template <typename Load>
+constexpr bool kIsQuantized = std::is_same_v<Load, LoadInt8>;
+
 constexpr int64_t kMaxStateFloats = kMaxQueries * (2 + kMaxHeadDim);
 
 class TileWork {
@@ -78,7 +89,7 @@ class TileWork {
     return {p_,
             tile_.sequence,
             tile_.kv_head,
-            p_.kv_dtype == DType::kFloat32 ? 4 : 2,
+            element_size(p_.kv_dtype),
             kChunk,
             std::max(begin_, first * kChunk),
             std::min(end_, end * kChunk),
@@ -94,6 +105,8 @@ class TileWork {
         return run_chunk_as<LoadFloat16>(chunk, state, ahead);
       case DType::kBFloat16:
         return run_chunk_as<LoadBFloat16>(chunk, state, ahead);
+      case DType::kInt8:
+        return run_chunk_as<LoadInt8>(chunk, state, ahead);
     }
   }
 
@@ -161,10 +174,15 @@ class TileWork {
     const int64_t end = std::min(end_, start + kChunk);
     alignas(64) float scores[kMaxQueries * kChunk];
     score_keys<Load>(start, begin, end, scores, ahead);
+    ChunkScales scales;
+    if constexpr (kIsQuantized<Load>) {
+      find_scales(p_.k_scales, start, begin, end, scales.keys);
+      find_scales(p_.v_scales, start, begin, end, scales.values);
+    }
     for (int64_t i = 0; i < tile_.count; ++i) {
-      softmax_weights(scores + i * kChunk, std::max(visible_[i].begin, start) - start,
-                      std::min(visible_[i].end, start + kChunk) - start, state.max[i],
-                      state.sum[i]);
+      softmax_weights<kIsQuantized<Load>>(
+          scores + i * kChunk, scales, std::max(visible_[i].begin, start) - start,
+          std::min(visible_[i].end, start + kChunk) - start, state.max[i], state.sum[i]);
     }
     sum_values<Load>(start, begin, end, scores, state.values, ahead);
   }
@@ -245,9 +263,26 @@ class TileWork {
     }
   }
 
-  // scores -> weights exp(score - max) in place, exactly 0 outside [begin, end) of the chunk.
-  void softmax_weights(float* scores, int64_t begin, int64_t end, float& max_score,
-                       float& sum) const {
+  // Scales of the chunk's vectors; 0 where no query vector of the tile looks.
+  void find_scales(const float* scales, int64_t start, int64_t begin, int64_t end,
+                   float* found) const {
+    std::fill_n(found, kChunk, 0.0F);
+    const int64_t page_size = p_.layout.page_size;
+    const int32_t* pages = p_.page_table + tile_.sequence * p_.page_table_row_stride;
+    for (int64_t position = begin; position < end;) {
+      const int64_t run = std::min(page_size - position % page_size, end - position);
+      const int64_t slot = pages[position / page_size] * page_size + position % page_size;
+      std::memcpy(found + (position - start), scales + p_.layout.scale_offset(slot, tile_.kv_head),
+                  static_cast<size_t>(run) * sizeof(float));
+      position += run;
+    }
+  }
+
+  // scores -> weights exp(score - max) in place, exactly 0 outside [begin, end) of the chunk. The
+  // scale of a quantized key is a factor of its score, that of a value is left in its weight.
+  template <bool kHasScales>
+  void softmax_weights(float* scores, const ChunkScales& scales, int64_t begin, int64_t end,
+                       float& max_score, float& sum) const {
     max_score = kMinusInfinity;
     sum = 0.0F;
     if (begin >= end) return;
@@ -255,7 +290,9 @@ class TileWork {
     const int64_t last = (end + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
     const Vec scale = Vec::set1(p_.scale);
     for (int64_t i = first; i < last; i += Vec::kWidth) {
-      Vec score = Vec::load(scores + i) * scale;
+      Vec score = Vec::load(scores + i);
+      if constexpr (kHasScales) score = score * Vec::load(scales.keys + i);
+      score = score * scale;
       if (p_.soft_cap > 0.0F) {
         const Vec cap = Vec::set1(p_.soft_cap);
         score = cap * tanh(score / cap);
@@ -273,8 +310,12 @@ class TileWork {
     Vec total = Vec::zero();
     for (int64_t i = first; i < last; i += Vec::kWidth) {
       const Vec weight = exp(Vec::load(scores + i) - shift);
-      weight.store(scores + i);
       total = total + weight;
+      if constexpr (kHasScales) {
+        (weight * Vec::load(scales.values + i)).store(scores + i);
+      } else {
+        weight.store(scores + i);
+      }
     }
     sum = reduce_add(total);
   }

@@ -21,6 +21,10 @@ struct LoadBFloat16 {
   using Element = uint16_t;
   static SKV_INLINE Vec load(const uint16_t* p) { return Vec::load_bfloat16(p); }
 };
+struct LoadInt8 {
+  using Element = int8_t;
+  static SKV_INLINE Vec load(const int8_t* p) { return Vec::load_int8(p); }
+};
 
 // Shape of a register tile: few rows take more columns, so that enough chains run side by side to
 // hide the latency of an addition.

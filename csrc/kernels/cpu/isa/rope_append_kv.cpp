@@ -47,26 +47,57 @@ void rotate_query_head(const RopeAppendKvParams& params, int64_t head) {
   }
 }
 
-void write_kv_head(const RopeAppendKvParams& params, int64_t head) {
-  const int64_t head_dim = params.layout.head_dim;
-  const int64_t half = head_dim / 2;
+// Calls take(rotated, count, at) for runs of the rotated key.
+template <typename Take>
+SKV_INLINE void rotate_key(const float* key, const float* cosine, int64_t half, Take take) {
   float low[kChunk];
   float high[kChunk];
+  for (int64_t i = 0; i < half; i += kChunk) {
+    const int64_t count = std::min(kChunk, half - i);
+    rotate(key + i, key + half + i, cosine + i, cosine + half + i, low, high, count);
+    take(low, count, i);
+    take(high, count, half + i);
+  }
+}
+
+// The rotated key to its place. Where it is quantized it is rotated twice: its scale comes first.
+void write_key(const RopeAppendKvParams& params, const float* key, const float* cosine, int64_t at,
+               int64_t scale_at) {
+  const int64_t half = params.layout.head_dim / 2;
+  if (params.kv_dtype != DType::kInt8) {
+    rotate_key(key, cosine, half, [&](const float* run, int64_t count, int64_t i) {
+      store_run(run, count, params.k_pool, params.kv_dtype, at + i);
+    });
+    return;
+  }
+  auto* target = static_cast<int8_t*>(params.k_pool) + at;
+  QuantizedVector vector;
+  rotate_key(key, cosine, half,
+             [&](const float* run, int64_t count, int64_t) { vector.look_at(run, count); });
+  rotate_key(key, cosine, half, [&](const float* run, int64_t count, int64_t i) {
+    vector.store(run, count, target + i);
+  });
+  params.k_scales[scale_at] = vector.scale();
+}
+
+void write_kv_head(const RopeAppendKvParams& params, int64_t head) {
+  const int64_t head_dim = params.layout.head_dim;
   for (int64_t row = 0; row < params.num_rows; ++row) {
     if (params.slots[row] < 0) continue;
     const int64_t pool_at = params.layout.slot_offset(params.slots[row], head);
+    const int64_t scale_at = params.layout.scale_offset(params.slots[row], head);
     const float* cosine = params.cos_sin + params.positions[row] * head_dim;
     const float* key = static_cast<const float*>(params.key) + row * params.key_row_stride +
                        head * params.key_head_stride;
-    for (int64_t i = 0; i < half; i += kChunk) {
-      const int64_t count = std::min(kChunk, half - i);
-      rotate(key + i, key + half + i, cosine + i, cosine + half + i, low, high, count);
-      store_run(low, count, params.k_pool, params.kv_dtype, pool_at + i);
-      store_run(high, count, params.k_pool, params.kv_dtype, pool_at + half + i);
-    }
+    write_key(params, key, cosine, pool_at, scale_at);
     const float* value = static_cast<const float*>(params.value) + row * params.value_row_stride +
                          head * params.value_head_stride;
-    store_run(value, head_dim, params.v_pool, params.kv_dtype, pool_at);
+    if (params.kv_dtype == DType::kInt8) {
+      store_quantized(value, head_dim, static_cast<int8_t*>(params.v_pool) + pool_at,
+                      params.v_scales + scale_at);
+    } else {
+      store_run(value, head_dim, params.v_pool, params.kv_dtype, pool_at);
+    }
   }
 }
 

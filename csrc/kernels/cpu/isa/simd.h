@@ -47,6 +47,10 @@ struct Vec {
     high = {_mm512_cvtepi32_ps(_mm512_srli_epi32(wide, 4))};
   }
   SKV_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // Integral values in [-128, 127].
+  SKV_INLINE void store_int8(int8_t* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
   SKV_INLINE void store_half(uint16_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -101,6 +105,12 @@ struct Vec {
     high = {_mm256_cvtepi32_ps(_mm256_srli_epi32(wide, 4))};
   }
   SKV_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  SKV_INLINE void store_int8(int8_t* p) const {
+    const __m256i wide = _mm256_cvtps_epi32(v);
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
   SKV_INLINE void store_half(uint16_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -159,6 +169,9 @@ struct Vec {
     high = make([p](int i) { return static_cast<float>(p[i] >> 4); });
   }
   SKV_INLINE void store(float* p) const { std::memcpy(p, &v, sizeof(v)); }
+  SKV_INLINE void store_int8(int8_t* p) const {
+    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<int8_t>(v[i]);
+  }
   SKV_INLINE void store_half(uint16_t* p) const {
     for (int i = 0; i < kWidth; ++i) p[i] = float_to_half(v[i]);
   }

@@ -13,11 +13,7 @@ inline constexpr int64_t kKeyBlock = 64;  // keys of a panel; divides the chunk
 
 // turn_keys(keys, D, panel, ahead) does so many keys: those at keys[0], keys[1], ... go to panel[d,
 // 0], panel[d, 1], ..., with panel rows kKeyBlock elements apart.
-#if defined(__AVX512F__)
 inline constexpr int64_t kTurnedKeys = 16;
-#else
-inline constexpr int64_t kTurnedKeys = 8;
-#endif
 
 template <typename Ahead>
 SKV_INLINE void turn_keys(const float* const* keys, int64_t head_dim, float* panel, Ahead ahead) {
@@ -115,38 +111,79 @@ SKV_INLINE void transpose_words(__m256i rows[8]) {
   }
 }
 
-// 16 elements at a time.
+// 8 keys x 16 elements at a time.
 template <typename Ahead>
 SKV_INLINE void turn_keys(const uint16_t* const* keys, int64_t head_dim, uint16_t* panel,
                           Ahead ahead) {
   auto loop = ahead.begin();
-  for (int64_t d = 0; d < head_dim; d += 16) {
-    __m256i rows[8];
+  for (int64_t first = 0; first < kTurnedKeys; first += 8) {
+    for (int64_t d = 0; d < head_dim; d += 16) {
+      __m256i rows[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      rows[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys[i] + d));
-      loop.template touch<32>();
+      for (int i = 0; i < 8; ++i) {
+        rows[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys[first + i] + d));
+        loop.template touch<32>();
+      }
+      transpose_words(rows);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        uint16_t* to = panel + (d + i) * kKeyBlock + first;
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(rows[i]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8 * kKeyBlock),
+                         _mm256_extracti128_si256(rows[i], 1));
+      }
     }
-    transpose_words(rows);
+  }
+}
+
+#endif
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+
+// One of four levels: rows i and i + 8 are interleaved byte by byte. Four of them turn 16 vectors
+// of 16 bytes around.
+SKV_INLINE void interleave_bytes(const __m128i from[16], __m128i to[16]) {
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      uint16_t* to = panel + (d + i) * kKeyBlock;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(rows[i]));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8 * kKeyBlock),
-                       _mm256_extracti128_si256(rows[i], 1));
+  for (int i = 0; i < 8; ++i) {
+    to[2 * i] = _mm_unpacklo_epi8(from[i], from[i + 8]);
+    to[2 * i + 1] = _mm_unpackhi_epi8(from[i], from[i + 8]);
+  }
+}
+
+// 16 keys x 16 elements at a time.
+template <typename Ahead>
+SKV_INLINE void turn_keys(const int8_t* const* keys, int64_t head_dim, int8_t* panel, Ahead ahead) {
+  auto loop = ahead.begin();
+  for (int64_t d = 0; d < head_dim; d += 16) {
+    __m128i rows[16];
+    __m128i other[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      rows[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keys[i] + d));
+      loop.template touch<16>();
+    }
+    interleave_bytes(rows, other);
+    interleave_bytes(other, rows);
+    interleave_bytes(rows, other);
+    interleave_bytes(other, rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(panel + (d + i) * kKeyBlock), rows[i]);
     }
   }
 }
 
 #else
 
-template <typename Ahead>
-SKV_INLINE void turn_keys(const uint16_t* const* keys, int64_t head_dim, uint16_t* panel,
+template <typename Element, typename Ahead>
+SKV_INLINE void turn_keys(const Element* const* keys, int64_t head_dim, Element* panel,
                           Ahead ahead) {
   auto loop = ahead.begin();
   for (int64_t key = 0; key < kTurnedKeys; ++key) {
     for (int64_t d = 0; d < head_dim; ++d) panel[d * kKeyBlock + key] = keys[key][d];
-    for (int64_t d = 0; d < head_dim; d += 16) loop.template touch<32>();
+    for (int64_t d = 0; d < head_dim; d += 16) {
+      loop.template touch<16 * sizeof(Element)>();
+    }
   }
 }
 
