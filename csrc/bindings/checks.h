@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -22,6 +23,7 @@
 
 namespace skv::bindings {
 
+using OptionalTensor = std::optional<at::Tensor>;
 using DtypeList = std::initializer_list<at::ScalarType>;
 inline constexpr DtypeList kPoolDtypes{at::kFloat, at::kHalf, at::kBFloat16};
 inline constexpr DtypeList kCpuPoolDtypes{at::kFloat, at::kHalf, at::kBFloat16, at::kChar};

@@ -3,14 +3,11 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
 #include "csrc/bindings/checks.h"
 #include "csrc/kernels/kv_layout.h"
 
 namespace skv::bindings {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // Pools of int8 are for the CPU so far.
 inline void check_pool_dtype(const OpCheck& check, const at::Tensor& k_pool) {

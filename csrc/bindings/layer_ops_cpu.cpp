@@ -108,6 +108,10 @@ class DecoderLayers {
       rope.v_pool = static_cast<char*>(rope.v_pool) + pool_layer_bytes;
       attention.k_pool = static_cast<const char*>(attention.k_pool) + pool_layer_bytes;
       attention.v_pool = static_cast<const char*>(attention.v_pool) + pool_layer_bytes;
+      if (rope.k_scales != nullptr) {
+        attention.k_scales = rope.k_scales += layout_.num_pages * layout_.page_vectors();
+        attention.v_scales = rope.v_scales += layout_.num_pages * layout_.page_vectors();
+      }
       if (&layer == &layers_.back()) {
         // After the last KV write only the wanted rows matter, and rows are independent.
         gather(memory_.attended, logit_rows, memory_.logit_rows);
@@ -273,9 +277,10 @@ void check_logit_rows(const OpCheck& check, const at::Tensor& logit_rows, int64_
 
 // Pools of all layers, and as many layers of weights.
 KvLayout check_layers(const OpCheck& check, const c10::List<OptionalTensor>& weights,
-                      const at::Tensor& k_pools, const at::Tensor& v_pools) {
+                      const at::Tensor& k_pools, const at::Tensor& v_pools,
+                      const OptionalTensor& k_scales, const OptionalTensor& v_scales) {
   check("k_pools", k_pools)
-      .dtype(kPoolDtypes)
+      .dtype(kCpuPoolDtypes)
       .shape({{"num_layers"}, {"P"}, {"Hk"}, {"B"}, {"D"}})
       .contiguous();
   check("v_pools", v_pools)
@@ -287,6 +292,7 @@ KvLayout check_layers(const OpCheck& check, const c10::List<OptionalTensor>& wei
               {"D", k_pools.size(4)}})
       .contiguous();
   check.own_memory("v_pools", v_pools, "k_pools", k_pools);
+  check_written_scales(check, k_scales, v_scales, k_pools, v_pools);
   const KvLayout layout{k_pools.size(1), k_pools.size(2), k_pools.size(3), k_pools.size(4)};
   check.value("k_pools",
               layout.page_size > 0 && layout.head_dim % 16 == 0 && layout.head_dim > 0 &&
@@ -298,13 +304,18 @@ KvLayout check_layers(const OpCheck& check, const c10::List<OptionalTensor>& wei
   return layout;
 }
 
+OptionalTensor first_layer(const OptionalTensor& scales) {
+  return scales.has_value() ? OptionalTensor(scales->select(0, 0)) : std::nullopt;
+}
+
 void decoder_layers_cpu(const at::Tensor& x, const c10::List<OptionalTensor>& weights,
                         const at::Tensor& positions, const at::Tensor& cos_sin,
                         const at::Tensor& slots, const at::Tensor& page_table,
                         const at::Tensor& seq_lens, const at::Tensor& query_offsets,
                         const at::Tensor& logit_rows, int64_t num_heads, double norm_eps,
                         double scale, int64_t sliding_window, const at::Tensor& k_pools,
-                        const at::Tensor& v_pools, const at::Tensor& output) {
+                        const at::Tensor& v_pools, const at::Tensor& output,
+                        const OptionalTensor& k_scales, const OptionalTensor& v_scales) {
   const OpCheck check{"decoder_layers", x.device()};
   check("x", x).dtype({at::kFloat}).shape({{"N"}, {"E"}}).contiguous();
   check("slots", slots).dtype({at::kLong}).shape({{"N", x.size(0)}}).contiguous();
@@ -316,7 +327,7 @@ void decoder_layers_cpu(const at::Tensor& x, const c10::List<OptionalTensor>& we
       .shape({{"R", logit_rows.numel()}, {"E", x.size(1)}})
       .contiguous();
   check.own_memory("output", output, "x", x);
-  const KvLayout layout = check_layers(check, weights, k_pools, v_pools);
+  const KvLayout layout = check_layers(check, weights, k_pools, v_pools, k_scales, v_scales);
   check.value("num_heads",
               num_heads > 0 && layout.num_kv_heads > 0 && num_heads % layout.num_kv_heads == 0,
               "a multiple > 0 of the pools' Hk", num_heads);
@@ -324,16 +335,19 @@ void decoder_layers_cpu(const at::Tensor& x, const c10::List<OptionalTensor>& we
 
   const at::Tensor k_pool = k_pools.select(0, 0);
   const at::Tensor v_pool = v_pools.select(0, 0);
+  const OptionalTensor k_scale = first_layer(k_scales);
+  const OptionalTensor v_scale = first_layer(v_scales);
   const Memory& memory = layers.memory();
-  const RopeAppendKvArgs rope{memory.q, memory.k, memory.v, positions,
-                              cos_sin,  slots,    k_pool,   v_pool};
+  const RopeAppendKvArgs rope{memory.q, memory.k, memory.v, positions, cos_sin,
+                              slots,    k_pool,   v_pool,   k_scale,   v_scale};
   check_rope_append_kv(check, rope, {at::kFloat});
   check.own_memory("output", output, "k_pools", k_pools);
   check.own_memory("output", output, "v_pools", v_pools);
   check_slot_values(check, slots, layout);
   check_positions(check, positions, cos_sin.size(0));
-  const PagedAttentionArgs attention{memory.q,      k_pool, v_pool,         page_table, seq_lens,
-                                     query_offsets, scale,  sliding_window, 0.0};
+  const PagedAttentionArgs attention{memory.q, k_pool,        v_pool, page_table,
+                                     seq_lens, query_offsets, scale,  sliding_window,
+                                     0.0,      k_scale,       v_scale};
   check_paged_attention(check, attention, layout, {at::kFloat});
   check_offset_values(check, "query_offsets", query_offsets, x.size(0));
   check_sequences(check, page_table, seq_lens, query_offsets, layout);

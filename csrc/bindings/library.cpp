@@ -36,7 +36,7 @@ TORCH_LIBRARY(stateful_kv, m) {
       "decoder_layers(Tensor x, Tensor?[] weights, Tensor positions, Tensor cos_sin, Tensor slots, "
       "Tensor page_table, Tensor seq_lens, Tensor query_offsets, Tensor logit_rows, int num_heads, "
       "float norm_eps, float scale, int sliding_window, Tensor(a!) k_pools, Tensor(b!) v_pools, "
-      "Tensor(c!) output) -> ()",
+      "Tensor(c!) output, Tensor(d!)? k_scales=None, Tensor(e!)? v_scales=None) -> ()",
       tags);
   m.def("argmax(Tensor logits) -> (Tensor ids, Tensor values)", tags);
   m.def(

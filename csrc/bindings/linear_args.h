@@ -3,15 +3,12 @@
 
 #include <cmath>
 #include <cstdint>
-#include <optional>
 
 #include "csrc/bindings/checks.h"
 #include "csrc/bindings/torch_shim.h"
 #include "csrc/kernels/params.h"
 
 namespace skv::bindings {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 struct QuantizedLinearArgs {
   const at::Tensor& x;

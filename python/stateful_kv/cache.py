@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 import os
 from collections.abc import Callable, Collection, Sequence
 
@@ -14,6 +12,7 @@ from stateful_kv import ops
 from stateful_kv._native import _C, check_device
 from stateful_kv.batch import BatchPages
 from stateful_kv.errors import InvalidRequestError, OutOfPagesError
+from stateful_kv.host_memory import HUGE_PAGE_BYTES, huge_page_region
 from stateful_kv.ledger import TokenArray
 
 DTYPES = {
@@ -22,9 +21,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
 }
-
-# Pools smaller than this stay in ordinary pages.
-HUGE_PAGE_BYTES = 2 << 20
 
 # Tenants, adapters and numerics get roots of their own once there are several of them.
 DEFAULT_ROOT_KEY = 0
@@ -299,18 +295,11 @@ def _make_pools(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """torch.zeros; on the CPU in huge pages where the system has them.
-
-    A decode step reads all pages of a long sequence, which lie all over the pool: with pages of
-    4 KiB many of those reads would wait for an address translation first.
-    """
+    """torch.zeros; on the CPU on huge pages, unless it is smaller than one."""
     num_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or num_bytes < HUGE_PAGE_BYTES:
+    if device.type != "cpu" or num_bytes < HUGE_PAGE_BYTES:
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return huge_page_region(num_bytes).view(dtype).view(shape)
 
 
 def _physical_memory() -> int | None:

@@ -1,7 +1,8 @@
-"""Memory for tensors that a step reads from end to end: large pages, close together.
+"""Memory for tensors that a step reads from end to end: on huge pages, close together.
 
-A step walks all weights once. On pages of 4 KiB every page costs a walk of the page table (several
-memory reads in a virtual machine); on pages of 2 MiB there is a five-hundredth of that.
+A step walks all weights once, and the keys and values of its sequences. On pages of 4 KiB many of
+those reads would wait for an address translation first (several memory reads in a virtual
+machine); on pages of 2 MiB there is a five-hundredth of that.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ def huge_page_region(num_bytes: int) -> Tensor:
     Raises:
         OSError: the system does not give so much memory.
     """
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES)
+    # Private: shared memory has its own switch for huge pages, off by default.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system without them: the memory is good all the same
+        with contextlib.suppress(OSError):  # a system without them; the memory is good all the same
             memory.madvise(mmap.MADV_HUGEPAGE)
     region = torch.frombuffer(memory, dtype=torch.uint8)
     begin = -region.data_ptr() % HUGE_PAGE_BYTES

@@ -425,6 +425,8 @@ def decoder_layers(
     k_pools: Tensor,
     v_pools: Tensor,
     output: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """All layers of a Llama-family model: the ops above one after another, in one call.
 
@@ -449,10 +451,14 @@ def decoder_layers(
         norm_eps: of all norms.
         scale: of the attention scores.
         sliding_window: keys a row sees, 0 = all.
-        k_pools: float32|float16|bfloat16 [num_layers, P, Hk, B, D], contiguous - written in place.
+        k_pools: float32|float16|bfloat16|int8 [num_layers, P, Hk, B, D], contiguous - written in
+            place.
         v_pools: dtype and shape of k_pools, contiguous, memory of its own - written in place.
         output: float32[R, E], contiguous, memory of its own - gets the results, before the model's
             last norm.
+        k_scales: float32[num_layers, P, Hk, B], contiguous, for pools of int8, else None - written
+            in place.
+        v_scales: as k_scales, of the values, memory of its own - written in place.
     """
     _ops.decoder_layers.default(
         x,
@@ -471,6 +477,8 @@ def decoder_layers(
         k_pools,
         v_pools,
         output,
+        k_scales,
+        v_scales,
     )
 
 
@@ -492,6 +500,8 @@ def _(
     k_pools: Tensor,
     v_pools: Tensor,
     output: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     _check_devices(
         "decoder_layers",
@@ -506,6 +516,8 @@ def _(
         k_pools=k_pools,
         v_pools=v_pools,
         output=output,
+        k_scales=k_scales,
+        v_scales=v_scales,
         **{f"weights[{i}]": weight for i, weight in enumerate(weights)},
     )
 

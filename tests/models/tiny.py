@@ -92,6 +92,8 @@ class PlainCache:
 
     k: torch.Tensor
     v: torch.Tensor
+    k_scales: None = None
+    v_scales: None = None
 
     def scales(self, layer: int) -> tuple[None, None]:
         """The pools hold floats."""

@@ -173,7 +173,8 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
         "(Tensor x, Tensor?[] weights, Tensor positions, Tensor cos_sin, Tensor slots, "
         "Tensor page_table, Tensor seq_lens, Tensor query_offsets, Tensor logit_rows, "
         "int num_heads, float norm_eps, float scale, int sliding_window, Tensor(a!) k_pools, "
-        "Tensor(b!) v_pools, Tensor(c!) output) -> ()",
+        "Tensor(b!) v_pools, Tensor(c!) output, Tensor(d!)? k_scales=None, "
+        "Tensor(e!)? v_scales=None) -> ()",
         _decoder_layers,
     ),
     "argmax": ("(Tensor logits) -> (Tensor ids, Tensor values)", _argmax),

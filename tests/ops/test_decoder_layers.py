@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -36,12 +37,19 @@ class Pools:
 
     def __init__(self, dtype: torch.dtype) -> None:
         shape = (CONFIG.num_layers, PAGES, CONFIG.num_kv_heads, PAGE_SIZE, CONFIG.head_dim)
-        self.k, self.v = (torch.randn(shape).to(dtype) for _ in range(2))
+        self.k, self.v = (torch.randn(shape).mul(9).round().to(dtype) for _ in range(2))
+        self.k_scales: Tensor | None = None
+        self.v_scales: Tensor | None = None
+        if dtype == torch.int8:
+            self.k_scales, self.v_scales = torch.rand(2, *shape[:-1]) * 0.1
 
-    def copy(self) -> Pools:
-        other = Pools(self.k.dtype)
-        other.k, other.v = self.k.clone(), self.v.clone()
-        return other
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        if self.k_scales is None or self.v_scales is None:
+            return None, None
+        return self.k_scales[layer], self.v_scales[layer]
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.k, self.v, self.k_scales, self.v_scales) if t is not None]
 
 
 def make_model(weight_format: str, biases: bool = False, qk_norm: bool = False) -> LlamaModel:
@@ -115,8 +123,8 @@ def both_ways(model: LlamaModel, batch: Batch, pools: Pools) -> list[tuple[Tenso
     results = []
     x = model.weights.embedding[batch.token_ids]
     for run in (model._run_fused, model._run_ops):
-        mine = pools.copy()
-        results.append((run(x, batch, mine), mine.k, mine.v))
+        mine = deepcopy(pools)
+        results.append((run(x, batch, mine), *mine.tensors()))
     return results
 
 
@@ -130,7 +138,7 @@ def test_same_bits_as_op_by_op(weight_format: str, kind: str) -> None:
     assert fused[0].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(("biases", "qk_norm"), [(True, False), (False, True), (True, True)])
 def test_same_bits_in_every_family(dtype: torch.dtype, biases: bool, qk_norm: bool) -> None:
     model = make_model("int8", biases, qk_norm)
@@ -138,6 +146,16 @@ def test_same_bits_in_every_family(dtype: torch.dtype, biases: bool, qk_norm: bo
         fused, separate = both_ways(model, make_batch(*kind), Pools(dtype))
         for one, other in zip(fused, separate, strict=True):
             assert_same_bits(one, other)
+
+
+def test_scales_without_int8_pools_and_the_other_way_round() -> None:
+    model, batch = make_model("int8"), make_batch(*BATCHES["decode"])
+    x, floats, bytes_ = torch.randn(1, 96), Pools(torch.float32), Pools(torch.int8)
+    floats.k_scales, bytes_.v_scales = bytes_.k_scales, None
+    with pytest.raises(ValueError, match="decoder_layers: k_scales: expected None for pools of"):
+        model._run_fused(x, batch, floats)
+    with pytest.raises(ValueError, match="decoder_layers: v_scales: expected a float32 tensor"):
+        model._run_fused(x, batch, bytes_)
 
 
 def test_threads_do_not_matter(set_num_threads: Callable[[int], None]) -> None:

@@ -33,6 +33,14 @@ class LayeredCache(Protocol):
     def v(self) -> Tensor:
         """[num_layers, P, Hk, B, D], values."""
 
+    @property
+    def k_scales(self) -> Tensor | None:
+        """float32[num_layers, P, Hk, B], scales of the keys if the pools are int8, else None."""
+
+    @property
+    def v_scales(self) -> Tensor | None:
+        """As k_scales, of the values."""
+
     def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """float32[P, Hk, B] of the layer's keys and values if the pools are int8, else None."""
 
@@ -274,6 +282,8 @@ class LlamaModel:
             cache.k,
             cache.v,
             output,
+            cache.k_scales,
+            cache.v_scales,
         )
         return output
 
