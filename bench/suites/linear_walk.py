@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -75,6 +76,7 @@ def load(weight_format: str, num_layers: int) -> tuple[Walk, str]:
     linears = [
         linear
         for layer in weights.layers[:num_layers]
-        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        # The product alone, without the activation: that is what the peers compute too.
+        for linear in (layer.qkv, layer.o, replace(layer.gate_up, has_silu_mul=False), layer.down)
     ]
     return Walk([*linears, weights.head]), real_model.MODEL

@@ -96,6 +96,12 @@ class Linear:
             bias = bias.view(2, -1, PANEL).transpose(0, 1).flatten()
         return Linear((PackedWeight.interleave(gate, up),), bias, has_silu_mul=True)
 
+    @property
+    def out_features(self) -> int:
+        """Width of the result."""
+        width = sum(part.out_features for part in self.parts)
+        return width // 2 if self.has_silu_mul else width
+
     def placed_in(self, arena: HugePageArena) -> Linear:
         """Returns the same with its weights copied into `arena`."""
         return replace(self, parts=tuple(part.placed_in(arena) for part in self.parts))
