@@ -8,8 +8,8 @@
 //
 // Two ways to run the same chains:
 //  - thin (up to kThinRows rows): weights are converted in registers and used at once;
-//  - block (more rows): a strip of a panel is converted once into an L1 buffer and used by every
-//    row tile; accumulators rest in the output between strips, which is exact.
+//  - block (more rows): a strip of a panel is converted once into a buffer and used by every row
+//    tile; accumulators rest in the output between strips, which is exact.
 #include <algorithm>
 #include <cstring>
 
@@ -27,8 +27,8 @@ constexpr int kTileRows = 12;  // 12 x 2 accumulators + 2 weights + 1 broadcast 
 constexpr int kThinRows = 12;
 constexpr int kBlockPanels = 2;
 constexpr int thin_vecs(int rows) { return rows <= 1 ? 8 : rows <= 5 ? 4 : 2; }
-constexpr int64_t kStripLength = 288;  // most k values of a converted strip: it stays in the L1
-constexpr int64_t kBlockRows = 264;    // rows whose strip of activations stays in the L2 cache
+constexpr int64_t kStripLength = 576;  // most k values of a converted strip
+constexpr int64_t kBlockRows = 132;    // with the rows of a strip, it stays in the L2 cache
 #elif defined(__AVX2__)
 constexpr int kTileRows = 6;   // 6 x 2 accumulators + 2 weights + 1 broadcast of 16 registers
 constexpr int kThinRows = 12;  // over 6 rows: 12 x 1 accumulators, half a panel
@@ -86,9 +86,9 @@ void run_thin(const QuantizedLinearParams& p, int64_t begin, int64_t end) {
     int64_t column = begin * kPanelColumns;
     for (int part = 0; part < std::max(1, kVecsPerPanel / Vecs); ++part) {
       if (column >= p.out_features) break;
-      run_tile<Format, Rows, Vecs, false>(
-          view, {p.input, p.input_row_stride, 1},
-          {p.sums + column, p.out_features, p.out_features - column}, p.in_features);
+      run_thin_tile<Format, Rows, Vecs>(view, {p.input, p.input_row_stride},
+                                        {p.sums + column, p.out_features, p.out_features - column},
+                                        p.in_features);
       view.skip_columns<Format>(Vecs * Vec::kWidth);
       column += Vecs * Vec::kWidth;
     }
@@ -164,14 +164,11 @@ void pack_rows(const float* input, int64_t row_stride, const Tiling& tiling, int
 template <int Vecs, bool Resume>
 void run_block_tiles(const float* strip, const float* packed, const Tiling& tiling, int64_t length,
                      const TileOutput& output) {
-  PanelView view{};
-  view.weight = reinterpret_cast<const uint8_t*>(strip);
-  view.weight_stride = kStripLength * kPanelColumns * 4;
   for (int64_t tile = 0; tile < tiling.num_tiles; ++tile) {
     const int64_t first = tiling.begin(tile);
     dispatch_rows<kTileRows>(tiling.begin(tile + 1) - first, [&]<int Rows>() {
-      run_tile<Formats::Float32, Rows, Vecs, Resume>(
-          view, {packed + first * kStripLength, 1, Rows},
+      run_packed_tile<Rows, Vecs, Resume>(
+          strip, kStripLength * kPanelColumns, packed + first * kStripLength,
           {output.data + first * output.row_stride, output.row_stride, output.num_columns}, length);
     });
   }

@@ -116,13 +116,9 @@ SKV_INLINE void prefetch_group(const PanelView& view, const uint8_t* weight, int
   }
 }
 
-// One tile: Rows x Vecs vectors of chains (whole panels, or a part of one) over `length` values of
-// k. x(row, k) is at input.data[row * row_stride + k * k_stride]; accumulators start from the
-// output where Resume, else from 0, and end in the output.
 struct TileInput {
-  const float* data;
+  const float* data;  // x(row, k) at data[row * row_stride + k]
   int64_t row_stride;
-  int64_t k_stride;
 };
 
 struct TileOutput {
@@ -131,9 +127,11 @@ struct TileOutput {
   int64_t num_columns;  // valid columns from `data` on; the last panel may be cut
 };
 
-template <typename Format, int Rows, int Vecs, bool Resume>
-void run_full_tile(const PanelView& view, const TileInput& input, float* output,
-                   int64_t output_stride, int64_t length) {
+// A thin tile: Rows x Vecs vectors of chains (whole panels, or a part of one) over `length` values
+// of k, weights converted on the way.
+template <typename Format, int Rows, int Vecs>
+void run_full_thin_tile(const PanelView& view, const TileInput& input, float* output,
+                        int64_t output_stride, int64_t length) {
   constexpr int kPanels = (Vecs + kVecsPerPanel - 1) / kVecsPerPanel;
   constexpr int kSteps = Decoder<Format>::kSteps;
   constexpr bool kGrouped = Format::kFormat != WeightFormat::kFloat32;
@@ -144,10 +142,7 @@ void run_full_tile(const PanelView& view, const TileInput& input, float* output,
 #pragma GCC unroll 16
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 16
-    for (int v = 0; v < Vecs; ++v) {
-      sum[row][v] =
-          Resume ? Vec::load(output + row * output_stride + v * Vec::kWidth) : Vec::zero();
-    }
+    for (int v = 0; v < Vecs; ++v) sum[row][v] = Vec::zero();
   }
 
   const uint8_t* weight = view.weight;
@@ -182,13 +177,13 @@ void run_full_tile(const PanelView& view, const TileInput& input, float* output,
       for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 16
         for (int row = 0; row < Rows; ++row) {
-          const Vec value = Vec::set1(x[row * input.row_stride + step * input.k_stride]);
+          const Vec value = Vec::set1(x[row * input.row_stride + step]);
 #pragma GCC unroll 16
           for (int v = 0; v < Vecs; ++v) sum[row][v] = fma(value, w[v][step], sum[row][v]);
         }
       }
       weight += kStepBytes;
-      x += kSteps * input.k_stride;
+      x += kSteps;
     }
   }
 
@@ -201,24 +196,76 @@ void run_full_tile(const PanelView& view, const TileInput& input, float* output,
   }
 }
 
-// The same for a tile whose last panel is cut: the full tile goes through a buffer.
-template <typename Format, int Rows, int Vecs, bool Resume>
-void run_tile(const PanelView& view, const TileInput& input, const TileOutput& output,
-              int64_t length) {
-  constexpr int64_t kColumns = Vecs * Vec::kWidth;
-  if (output.num_columns >= kColumns) {
-    return run_full_tile<Format, Rows, Vecs, Resume>(view, input, output.data, output.row_stride,
-                                                     length);
+// A tile on converted weights: Rows x Vecs vectors of chains over `length` values of k. Vector v of
+// k is at strip[v / kVecsPerPanel * strip_stride + k * 16 + v % kVecsPerPanel * width], x(row, k)
+// at packed[k * Rows + row]. The chains start from the output where Resume, else from 0.
+template <int Rows, int Vecs, bool Resume>
+void run_full_packed_tile(const float* strip, int64_t strip_stride, const float* packed,
+                          float* output, int64_t output_stride, int64_t length) {
+  Vec sum[Rows][Vecs];
+#pragma GCC unroll 16
+  for (int row = 0; row < Rows; ++row) {
+#pragma GCC unroll 16
+    for (int v = 0; v < Vecs; ++v) {
+      sum[row][v] =
+          Resume ? Vec::load(output + row * output_stride + v * Vec::kWidth) : Vec::zero();
+    }
   }
-  float buffer[Rows * kColumns] = {};
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < length; ++k) {
+    Vec w[Vecs];
+#pragma GCC unroll 16
+    for (int v = 0; v < Vecs; ++v) {
+      w[v] = Vec::load(strip + v / kVecsPerPanel * strip_stride + v % kVecsPerPanel * Vec::kWidth);
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows; ++row) {
+      const Vec value = Vec::set1(packed[row]);
+#pragma GCC unroll 16
+      for (int v = 0; v < Vecs; ++v) sum[row][v] = fma(value, w[v], sum[row][v]);
+    }
+    strip += kPanelColumns;
+    packed += Rows;
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < Rows; ++row) {
+#pragma GCC unroll 16
+    for (int v = 0; v < Vecs; ++v) {
+      sum[row][v].store(output + row * output_stride + v * Vec::kWidth);
+    }
+  }
+}
+
+// Calls run(output, stride) for a tile of `Columns` columns; where the last panel is cut, on a
+// buffer that goes to the output afterwards and, where Resume, comes from it before.
+template <int Rows, int64_t Columns, bool Resume, typename Run>
+SKV_INLINE void run_cut_tile(const TileOutput& output, Run&& run) {
+  if (output.num_columns >= Columns) return run(output.data, output.row_stride);
+  float buffer[Rows * Columns] = {};
   const auto row_bytes = static_cast<size_t>(output.num_columns) * sizeof(float);
   for (int row = 0; Resume && row < Rows; ++row) {
-    std::memcpy(buffer + row * kColumns, output.data + row * output.row_stride, row_bytes);
+    std::memcpy(buffer + row * Columns, output.data + row * output.row_stride, row_bytes);
   }
-  run_full_tile<Format, Rows, Vecs, Resume>(view, input, buffer, kColumns, length);
+  run(buffer, Columns);
   for (int row = 0; row < Rows; ++row) {
-    std::memcpy(output.data + row * output.row_stride, buffer + row * kColumns, row_bytes);
+    std::memcpy(output.data + row * output.row_stride, buffer + row * Columns, row_bytes);
   }
+}
+
+template <typename Format, int Rows, int Vecs>
+void run_thin_tile(const PanelView& view, const TileInput& input, const TileOutput& output,
+                   int64_t length) {
+  run_cut_tile<Rows, Vecs * Vec::kWidth, false>(output, [&](float* out, int64_t stride) {
+    run_full_thin_tile<Format, Rows, Vecs>(view, input, out, stride, length);
+  });
+}
+
+template <int Rows, int Vecs, bool Resume>
+void run_packed_tile(const float* strip, int64_t strip_stride, const float* packed,
+                     const TileOutput& output, int64_t length) {
+  run_cut_tile<Rows, Vecs * Vec::kWidth, Resume>(output, [&](float* out, int64_t stride) {
+    run_full_packed_tile<Rows, Vecs, Resume>(strip, strip_stride, packed, out, stride, length);
+  });
 }
 
 }  // namespace skv::cpu::SKV_ISA_NS
