@@ -208,7 +208,9 @@ TEST_F(QuantizedLinear, ASumOverNothingIsZero) {
 
 TEST_F(QuantizedLinear, EveryThinHeight) {
   for (int64_t num_rows = 2; num_rows <= 14; ++num_rows) {
-    check({WeightFormat::kInt8, num_rows, 64, 149});
+    for (const auto format : {WeightFormat::kFloat32, WeightFormat::kInt8, WeightFormat::kInt4}) {
+      check({format, num_rows, 64, 149});
+    }
   }
 }
 

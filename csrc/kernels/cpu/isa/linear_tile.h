@@ -12,17 +12,21 @@ namespace skv::cpu::SKV_ISA_NS {
 
 inline constexpr int kVecsPerPanel = static_cast<int>(kPanelColumns) / Vec::kWidth;
 
+// kColumnBytes: from one column of a panel to the next; a byte of Int4 holds two k of one column.
 struct Formats {
   struct Float32 {
     static constexpr WeightFormat kFormat = WeightFormat::kFloat32;
+    static constexpr int64_t kColumnBytes = 4;
     static constexpr int64_t bytes_for(int64_t k) { return k * kPanelColumns * 4; }
   };
   struct Int8 {
     static constexpr WeightFormat kFormat = WeightFormat::kInt8;
+    static constexpr int64_t kColumnBytes = 1;
     static constexpr int64_t bytes_for(int64_t k) { return k * kPanelColumns; }
   };
   struct Int4 {
     static constexpr WeightFormat kFormat = WeightFormat::kInt4;
+    static constexpr int64_t kColumnBytes = 1;
     static constexpr int64_t bytes_for(int64_t k) { return k / 2 * kPanelColumns; }
   };
 };
@@ -38,7 +42,7 @@ struct PanelView {
   // The view of the same panels without their first columns.
   template <typename Format>
   void skip_columns(int64_t count) {
-    weight += Format::bytes_for(2) / 2 / kPanelColumns * count;
+    weight += Format::kColumnBytes * count;
     if (scales != nullptr) scales += count;
     if (minimums != nullptr) minimums += count;
   }
