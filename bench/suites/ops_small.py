@@ -1,4 +1,4 @@
-"""The small ops against torch composites: norms, activation, rotary, pages, drafts."""
+"""The small ops and the head against torch: norms, activation, rotary, pages, drafts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench import harness
 from bench.harness import Case, Settings, Trial, Work
 from bench.peers import text_scan, torch_composites
 from bench.suites import shapes, texts
-from stateful_kv import ops
+from stateful_kv import ops, quantize
 
 EPS = 1e-5
 TOLERANCE = 1e-4
@@ -194,6 +194,40 @@ def _argmax(num_rows: int, settings: Settings) -> Trial:
     )
 
 
+TOP_K = 5
+
+
+def _linear_top_k(num_rows: int, k: int, settings: Settings) -> Trial:
+    """The head of the model, int8: larger than a cache, so one weight is all it needs."""
+    vocab = 4096 if settings.smoke else shapes.VOCAB
+    inputs, rotation_bytes = _rows(num_rows, shapes.HIDDEN, settings)
+    packed = quantize.pack_int8(*quantize.quantize_int8(torch.randn(vocab, shapes.HIDDEN)))
+    parts = packed.weight, packed.scales, packed.minimums, None, vocab
+    plain = quantize.unpack(packed)
+    num_bytes = packed.weight.nbytes + (0 if packed.scales is None else packed.scales.nbytes)
+
+    def peer(index: int) -> tuple[Tensor, Tensor]:
+        logits = torch.nn.functional.linear(inputs[index], plain)
+        values, ids = torch.topk(logits, k)
+        return ids, values
+
+    def check(_peer: str) -> harness.Check:
+        ids, values = ops.linear_top_k(inputs[0], *parts, k)
+        full = ops.quantized_linear(inputs[0], *parts)
+        bits = torch.equal(full.gather(1, ids), values)
+        bits = bits and torch.equal(torch.topk(full, k).values, values)
+        return harness.compare(values, peer(0)[1], TOLERANCE, bits)
+
+    return Trial(
+        ours=lambda i: ops.linear_top_k(inputs[i], *parts, k),
+        peers={"torch": peer},
+        check=check,
+        work=Work(num_bytes, 2 * num_rows * vocab * shapes.HIDDEN),
+        rotations=len(inputs),
+        rotation_bytes=rotation_bytes + num_bytes,
+    )
+
+
 def _ngram_lookup(length: int, settings: Settings) -> Trial:
     copies = shapes.rotations(4 * length, settings.cold_bytes, most=64)
     inputs = [texts.repeating_text(length, seed) for seed in range(copies)]
@@ -249,6 +283,8 @@ def cases(settings: Settings) -> Iterator[Case]:
     # Decode, verify and a full batch of decodes: a prefill chunk has one row of logits a sequence.
     for num_rows in (1, 8) if settings.smoke else (1, 8, 32):
         yield Case("argmax", {"R": num_rows}, partial(_argmax, num_rows))
+        for k in (1, TOP_K):
+            yield Case("linear_top_k", {"N": num_rows, "k": k}, partial(_linear_top_k, num_rows, k))
     for num_copies in (1, 8):
         yield Case("copy_pages", {"pages": num_copies}, partial(_copy_pages, num_copies))
     for length in (256,) if settings.smoke else (1024, 8192):

@@ -33,6 +33,11 @@ TORCH_LIBRARY(stateful_kv, m) {
       "bool silu_mul=False) -> Tensor",
       tags);
   m.def(
+      "linear_top_k(Tensor x, Tensor weight, Tensor? scales, Tensor? minimums, Tensor? bias, "
+      "int out_features, int k, Tensor? norm_weight=None, float norm_eps=0.0) -> "
+      "(Tensor ids, Tensor values)",
+      tags);
+  m.def(
       "decoder_layers(Tensor x, Tensor?[] weights, Tensor positions, Tensor cos_sin, Tensor slots, "
       "Tensor page_table, Tensor seq_lens, Tensor query_offsets, Tensor logit_rows, int num_heads, "
       "float norm_eps, float scale, int sliding_window, Tensor(a!) k_pools, Tensor(b!) v_pools, "

@@ -99,7 +99,7 @@ inline void check_quantized_linear(const OpCheck& check, const QuantizedLinearAr
 // Memory for the sums and whatever else the product needs on the way.
 struct QuantizedLinearMemory {
   at::Tensor normalised;  // with norm_weight: at least N * K floats
-  at::Tensor sums;        // at least N * out_features floats
+  at::Tensor sums;        // at least N * out_features floats, if the sums are wanted
   at::Tensor activated;   // with silu_mul: at least N * out_features / 2 floats
 };
 
@@ -114,7 +114,7 @@ inline QuantizedLinearParams params_of(const QuantizedLinearArgs& args,
       .residual = data_or_null(args.residual),
       .norm_weight = data_or_null(args.norm_weight),
       .normalised = args.norm_weight ? memory.normalised.mutable_data_ptr<float>() : nullptr,
-      .sums = memory.sums.mutable_data_ptr<float>(),
+      .sums = memory.sums.defined() ? memory.sums.mutable_data_ptr<float>() : nullptr,
       .activated = args.silu_mul ? memory.activated.mutable_data_ptr<float>() : nullptr,
       .format = format_of(args.weight),
       .num_rows = args.x.size(0),

@@ -1,7 +1,7 @@
 // CUDA kernels of rms_norm and silu_mul: check, fill params, launch.
 //
-// Not registered for CUDA: argmax, quantized_linear, ngram_lookup and verify_draft. Torch's
-// dispatcher then names the op and the missing backend; a slow stand-in would hide that.
+// Not registered for CUDA: argmax, quantized_linear, linear_top_k, ngram_lookup and verify_draft.
+// Torch's dispatcher then names the op and the missing backend; a slow stand-in would hide that.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

@@ -1,4 +1,4 @@
-// Parameters of the two large kernels, plain data for CPU and CUDA alike. Symbols: S sequences,
+// Parameters of the large kernels, plain data for CPU and CUDA alike. Symbols: S sequences,
 // N new tokens (ragged), H query heads, Hk KV heads, D head dim, P pages, B page_size, M max pages.
 #pragma once
 
@@ -61,6 +61,22 @@ struct QuantizedLinearParams {
   int64_t out_features;      // out; Np = ceil(out / 16)
   int64_t input_row_stride;  // elements between rows of input
   float norm_epsilon;
+};
+
+// Most parts that the columns are cut into for threads, and rows that go through them together.
+inline constexpr int64_t kTopKParts = 128;
+inline constexpr int64_t kTopKBlockRows = 48;
+inline constexpr int64_t kMaxTopK = 64;
+
+struct LinearTopKParams {
+  QuantizedLinearParams linear;  // without residual, sums and activated
+  int64_t k;                     // 1 <= k <= kMaxTopK, k <= out
+  int64_t* ids;          // [N, k], columns of the largest outputs: largest first, NaN before every
+                         // number, of equals the lowest column first
+  float* values;         // [N, k], those outputs
+  float* part_values;    // [kTopKParts, Rb, k], scratch; Rb = min(N, kTopKBlockRows)
+  int64_t* part_ids;     // [kTopKParts, Rb, k], scratch
+  int64_t* part_counts;  // [kTopKParts, Rb], scratch
 };
 
 }  // namespace skv

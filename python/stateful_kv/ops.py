@@ -395,6 +395,67 @@ def _(
     return x.new_empty(x.shape[0], out_features // 2 if silu_mul else out_features)
 
 
+def linear_top_k(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    minimums: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    k: int,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The k largest outputs of each row of `quantized_linear`, without ever writing the others.
+
+    A NaN counts as larger than every number, and of equal outputs (of two NaN too) the one with the
+    lower id comes first. So k = 1 is `argmax` of the result of `quantized_linear`, in bits.
+
+    Args:
+        x: as in `quantized_linear`, like all arguments but k.
+        weight: packed in panels.
+        scales: of the weight.
+        minimums: of the weight.
+        bias: float32[out_features], contiguous, or None.
+        out_features: columns of the product.
+        k: a number from 1 to 64, at most out_features.
+        norm_weight: float32[K], contiguous, or None.
+        norm_eps: a finite number >= 0.
+
+    Returns:
+        ids: int64[N, k], largest output first.
+        values: float32[N, k], the outputs at those ids.
+    """
+    result: tuple[Tensor, Tensor] = _ops.linear_top_k.default(
+        x, weight, scales, minimums, bias, out_features, k, norm_weight, norm_eps
+    )
+    return result
+
+
+@_fake("linear_top_k")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    minimums: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    k: int,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    _check_devices(
+        "linear_top_k",
+        x.device,
+        weight=weight,
+        scales=scales,
+        minimums=minimums,
+        bias=bias,
+        norm_weight=norm_weight,
+    )
+    return x.new_empty(x.shape[0], k, dtype=torch.int64), x.new_empty(x.shape[0], k)
+
+
 # What `decoder_layers` reads of each layer, in this order.
 LAYER_TENSORS = (
     "attn_norm",

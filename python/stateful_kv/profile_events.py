@@ -12,6 +12,7 @@ from typing import IO, Any, NamedTuple
 # What the name of an op of ours contains, and the group it is shown in; the first hit counts.
 KERNEL_GROUPS = (
     ("argmax", "head, arg-max"),
+    ("top_k", "head, arg-max"),
     ("verify_draft", "head, arg-max"),
     ("linear", "linear layers"),
     ("attention", "attention"),
@@ -180,7 +181,9 @@ def _add_span(step: StepTimes, node: Node) -> None:
     step.phases[phase] = step.phases.get(phase, 0.0) + node.event.duration_us - inside
     ops = list(_ops_in(node))
     linear = [one for one in ops if kernel_group(one.event.name) == LINEAR]
-    head = linear[-1] if phase == "forward" and linear else None  # the model ends with it
+    # The model ends with its head, an op of its own kind or the last linear layer.
+    has_head = any(kernel_group(one.event.name) == HEAD for one in ops)
+    head = linear[-1] if phase == "forward" and linear and not has_head else None
     for op in ops:
         took = op.event.duration_us
         step.ops_in[phase] = step.ops_in.get(phase, 0.0) + took

@@ -43,6 +43,7 @@ OPS = {
     "rope_append_kv",
     "append_kv",
     "argmax",
+    "linear_top_k",
     "copy_pages",
     "ngram_lookup",
     "verify_draft",

@@ -76,6 +76,20 @@ def _quantized_linear() -> Arguments:
     }
 
 
+def _linear_top_k() -> Arguments:
+    return {
+        "x": torch.randn(3, 64),
+        "weight": torch.randint(0, 256, (2, 32, 16), dtype=torch.uint8),
+        "scales": torch.randn(2, 2, 16),
+        "minimums": torch.randn(2, 2, 16),
+        "bias": torch.randn(21),
+        "out_features": 21,
+        "k": 4,
+        "norm_weight": torch.randn(64),
+        "norm_eps": 1e-5,
+    }
+
+
 def _packed(out_features: int, in_features: int) -> list[torch.Tensor | None]:
     q = torch.randint(-9, 10, (-(-out_features // 16), in_features, 16), dtype=torch.int8)
     return [q, torch.rand(q.shape[0], in_features // 32, 16) * 0.1, None, None]
@@ -168,6 +182,12 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
         "int out_features, Tensor? residual=None, Tensor? norm_weight=None, float norm_eps=0., "
         "bool silu_mul=False) -> Tensor",
         _quantized_linear,
+    ),
+    "linear_top_k": (
+        "(Tensor x, Tensor weight, Tensor? scales, Tensor? minimums, Tensor? bias, "
+        "int out_features, int k, Tensor? norm_weight=None, float norm_eps=0.) -> "
+        "(Tensor ids, Tensor values)",
+        _linear_top_k,
     ),
     "decoder_layers": (
         "(Tensor x, Tensor?[] weights, Tensor positions, Tensor cos_sin, Tensor slots, "

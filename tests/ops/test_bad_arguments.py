@@ -105,6 +105,41 @@ OFFSETS: dict[str, Change] = {
     "huge end": set_value(-1, HUGE),
 }
 
+LINEAR: dict[str, dict[str, Change]] = {
+    "x": {"dtype": dtype(F64), "rank": flatter, "stride": spread},
+    "weight": {
+        "dtype": dtype(I32),
+        "rank": flatter,
+        "stride": spread,
+        "depth": resize(1, 16),
+        "panels": resize(0, 1),
+        "columns": resize(2, 1),
+    },
+    "scales": {
+        "dtype": dtype(F64),
+        "rank": flatter,
+        "stride": spread,
+        "groups": resize(1, 1),
+        "missing": to(None),
+    },
+    "minimums": {
+        "dtype": dtype(F16),
+        "rank": flatter,
+        "stride": spread,
+        "panels": resize(0, 1),
+        "missing": to(None),
+    },
+    "bias": {"dtype": dtype(F64), "rank": deeper, "stride": spread, "size": resize(0, 1)},
+    "out_features": {"negative": to(-1)},
+    "norm_weight": {
+        "dtype": dtype(F64),
+        "rank": deeper,
+        "stride": spread,
+        "size": resize(0, 1),
+    },
+    "norm_eps": {"negative": to(-1e-9), "infinite": to(float("inf")), "nan": to(float("nan"))},
+}
+
 BAD: dict[str, dict[str, dict[str, Change]]] = {
     "append_kv": {
         "k": ROWS | {"size": resize(0, 1)},
@@ -219,32 +254,8 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
             "odd": resize(1, 1),
         },
     },
-    "quantized_linear": {
-        "x": {"dtype": dtype(F64), "rank": flatter, "stride": spread},
-        "weight": {
-            "dtype": dtype(I32),
-            "rank": flatter,
-            "stride": spread,
-            "depth": resize(1, 16),
-            "panels": resize(0, 1),
-            "columns": resize(2, 1),
-        },
-        "scales": {
-            "dtype": dtype(F64),
-            "rank": flatter,
-            "stride": spread,
-            "groups": resize(1, 1),
-            "missing": to(None),
-        },
-        "minimums": {
-            "dtype": dtype(F16),
-            "rank": flatter,
-            "stride": spread,
-            "panels": resize(0, 1),
-            "missing": to(None),
-        },
-        "bias": {"dtype": dtype(F64), "rank": deeper, "stride": spread, "size": resize(0, 1)},
-        "out_features": {"negative": to(-1)},
+    "quantized_linear": LINEAR
+    | {
         "residual": {
             "dtype": dtype(F64),
             "rank": flatter,
@@ -252,13 +263,15 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
             "rows": resize(0, 1),
             "columns": resize(1, 1),
         },
-        "norm_weight": {
-            "dtype": dtype(F64),
-            "rank": deeper,
-            "stride": spread,
-            "size": resize(0, 1),
+    },
+    "linear_top_k": LINEAR
+    | {
+        "k": {
+            "zero": to(0),
+            "negative": to(-1),
+            "past the most": to(65),
+            "more than out_features": to(22),
         },
-        "norm_eps": {"negative": to(-1e-9), "infinite": to(float("inf")), "nan": to(float("nan"))},
     },
     "decoder_layers": {
         "x": {"dtype": dtype(F64), "rank": flatter, "stride": spread, "size": resize(0, 1)},

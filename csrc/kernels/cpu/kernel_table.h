@@ -14,6 +14,7 @@ struct KernelTable {
   const char* isa;
   void (*paged_attention)(const PagedAttentionParams&, ParallelFor);
   void (*quantized_linear)(const QuantizedLinearParams&, ParallelFor);
+  void (*linear_top_k)(const LinearTopKParams&, ParallelFor);
   // Slots are -1 or in [0, P * B). Of rows with the same slot the last one stays.
   void (*append_kv)(const AppendKvParams&, ParallelFor);
   // As append_kv; float32 activations; D even; positions within cos_sin, of skipped rows too.

@@ -9,6 +9,7 @@ namespace skv::cpu::SKV_ISA_NS {
 
 void paged_attention(const PagedAttentionParams& params, ParallelFor parallel_for);
 void quantized_linear(const QuantizedLinearParams& params, ParallelFor parallel_for);
+void linear_top_k(const LinearTopKParams& params, ParallelFor parallel_for);
 void append_kv(const AppendKvParams& params, ParallelFor parallel_for);
 void rope_append_kv(const RopeAppendKvParams& params, ParallelFor parallel_for);
 void rms_norm(const RmsNormParams& params, ParallelFor parallel_for);

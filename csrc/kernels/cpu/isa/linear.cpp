@@ -14,47 +14,30 @@
 #include <cstring>
 
 #include "csrc/kernels/cpu/isa/kernels.h"
-#include "csrc/kernels/cpu/isa/linear_tile.h"
+#include "csrc/kernels/cpu/isa/linear_thin.h"
 #include "csrc/kernels/cpu/isa/row_math.h"
 
 namespace skv::cpu::SKV_ISA_NS {
 namespace {
 
-// kTileRows: rows of a tile as wide as a panel; kThinRows: most rows whose weights are converted
-// anew for every panel. thin_vecs(rows): vectors of columns that a thin tile of so many rows has.
+// kTileRows: rows of a tile as wide as a panel.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 12;  // 12 x 2 accumulators + 2 weights + 1 broadcast of 32 registers
-constexpr int kThinRows = 12;
 constexpr int kBlockPanels = 2;
-constexpr int thin_vecs(int rows) { return rows <= 1 ? 8 : rows <= 5 ? 4 : 2; }
 constexpr int64_t kStripLength = 576;  // most k values of a converted strip
 constexpr int64_t kBlockRows = 132;    // with the rows of a strip, it stays in the L2 cache
 #elif defined(__AVX2__)
-constexpr int kTileRows = 6;   // 6 x 2 accumulators + 2 weights + 1 broadcast of 16 registers
-constexpr int kThinRows = 12;  // over 6 rows: 12 x 1 accumulators, half a panel
+constexpr int kTileRows = 6;  // 6 x 2 accumulators + 2 weights + 1 broadcast of 16 registers
 constexpr int kBlockPanels = 1;
-constexpr int thin_vecs(int rows) { return rows <= 1 ? 8 : rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
 constexpr int64_t kStripLength = 256;  // smaller caches go with this instruction set
 constexpr int64_t kBlockRows = 240;
 #else
 constexpr int kTileRows = 2;  // 2 x 4 accumulators of 16 registers
-constexpr int kThinRows = 2;
 constexpr int kBlockPanels = 1;
-constexpr int thin_vecs(int rows) { return rows <= 1 ? 8 : 4; }
 constexpr int64_t kStripLength = 256;
 constexpr int64_t kBlockRows = 120;
 #endif
-constexpr int64_t kMinFmasPerThread = 1 << 15;  // less work than this is not worth waking a thread
-constexpr int64_t kPadding = Vec::kWidth;       // floats behind the packed rows
-
-// Calls visit.template operator()<Rows>() for the run-time number of rows, at most MaxRows.
-template <int MaxRows, typename Visit>
-SKV_INLINE void dispatch_rows(int64_t rows, Visit&& visit) {
-  if constexpr (MaxRows > 1) {
-    if (rows < MaxRows) return dispatch_rows<MaxRows - 1>(rows, visit);
-  }
-  visit.template operator()<MaxRows>();
-}
+constexpr int64_t kPadding = Vec::kWidth;  // floats behind the packed rows
 
 // What comes after the sums, in this order: bias, then residual or silu(gate) * up.
 void finish_columns(const QuantizedLinearParams& p, int64_t row_begin, int64_t row_end,
@@ -73,28 +56,6 @@ void finish_columns(const QuantizedLinearParams& p, int64_t row_begin, int64_t r
     for (int64_t c = begin; c < end; c += 2 * kPanelColumns) {
       silu_mul_row(sums + c, sums + c + kPanelColumns, out + c / 2, kPanelColumns);
     }
-  }
-}
-
-// Panels [begin, end) in tiles of Vecs vectors, then of half as many, down to one panel; or each
-// panel in parts of Vecs vectors.
-template <typename Format, int Rows, int Vecs>
-void run_thin(const QuantizedLinearParams& p, int64_t begin, int64_t end) {
-  constexpr int64_t kPanels = std::max(1, Vecs / kVecsPerPanel);
-  for (; begin + kPanels <= end; begin += kPanels) {
-    PanelView view = panel_view<Format>(p, begin, 0);
-    int64_t column = begin * kPanelColumns;
-    for (int part = 0; part < std::max(1, kVecsPerPanel / Vecs); ++part) {
-      if (column >= p.out_features) break;
-      run_thin_tile<Format, Rows, Vecs>(view, {p.input, p.input_row_stride},
-                                        {p.sums + column, p.out_features, p.out_features - column},
-                                        p.in_features);
-      view.skip_columns<Format>(Vecs * Vec::kWidth);
-      column += Vecs * Vec::kWidth;
-    }
-  }
-  if constexpr (kPanels > 1) {
-    if (begin < end) run_thin<Format, Rows, Vecs / 2>(p, begin, end);
   }
 }
 
@@ -234,26 +195,14 @@ void run_panels(const QuantizedLinearParams& p, int64_t row_begin, int64_t row_e
   if (p.in_features == 0) {
     clear_columns(p, row_begin, row_end, column_begin, column_end);
   } else if (p.num_rows <= kThinRows) {
-    dispatch_rows<kThinRows>(
-        p.num_rows, [&]<int Rows>() { run_thin<Format, Rows, thin_vecs(Rows)>(p, begin, end); });
+    const TileOutput output{p.sums + column_begin, p.out_features, column_end - column_begin};
+    dispatch_rows<kThinRows>(p.num_rows, [&]<int Rows>() {
+      run_thin<Format, Rows, thin_vecs(Rows)>(p, begin, end, output);
+    });
   } else {
     run_block<Format>(p, row_begin, row_end, begin, end);
   }
   finish_columns(p, row_begin, row_end, column_begin, column_end);
-}
-
-// x <- x * weight / rms(x), where asked for. A few rows are not worth a wake-up of other threads.
-void normalise_input(QuantizedLinearParams& p, ParallelFor parallel_for) {
-  if (p.norm_weight == nullptr) return;
-  const int64_t grain = p.num_rows <= kThinRows ? p.num_rows : kThinRows;
-  parallel_for(p.num_rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      normalise_row(p.input + row * p.input_row_stride, p.norm_weight, p.norm_epsilon,
-                    p.normalised + row * p.in_features, p.in_features);
-    }
-  });
-  p.input = p.normalised;
-  p.input_row_stride = p.in_features;
 }
 
 }  // namespace
@@ -279,17 +228,9 @@ void quantized_linear(const QuantizedLinearParams& params, ParallelFor parallel_
       const int64_t row_end = (block + 1) * p.num_rows / num_blocks;
       const int64_t begin = (first - block * num_pairs) * 2;
       const int64_t end = std::min((next - block * num_pairs) * 2, num_panels);
-      switch (p.format) {
-        case WeightFormat::kFloat32:
-          run_panels<Formats::Float32>(p, row_begin, row_end, begin, end);
-          break;
-        case WeightFormat::kInt8:
-          run_panels<Formats::Int8>(p, row_begin, row_end, begin, end);
-          break;
-        case WeightFormat::kInt4:
-          run_panels<Formats::Int4>(p, row_begin, row_end, begin, end);
-          break;
-      }
+      dispatch_format(p.format, [&]<typename Format>() {
+        run_panels<Format>(p, row_begin, row_end, begin, end);
+      });
       first = next;
     }
   });

@@ -11,6 +11,7 @@ const KernelTable kTable{
     .isa = SKV_STRING(SKV_ISA_NS),
     .paged_attention = &paged_attention,
     .quantized_linear = &quantized_linear,
+    .linear_top_k = &linear_top_k,
     .append_kv = &append_kv,
     .rope_append_kv = &rope_append_kv,
     .rms_norm = &rms_norm,
