@@ -14,7 +14,6 @@ from torch import Tensor
 from bench.harness import Missing, PeerMissingError
 from bench.peers import llama_cpp_model, transformers_model
 from bench.suites import real_model
-from stateful_kv import ops
 from stateful_kv.batch import Batch
 from stateful_kv.cache import KVCache
 from stateful_kv.models.loading import LoadedModel, resolve
@@ -54,7 +53,7 @@ class PeerContext(Context, Protocol):
 
 
 class OurContext:
-    """Batch, forward and arg-max, as a step of the engine does them; no session around them."""
+    """Batch, forward and arg-max in one, as in a step of the engine; no session around them."""
 
     def __init__(self, loaded: LoadedModel, capacity: int) -> None:
         config = loaded.config
@@ -67,7 +66,7 @@ class OurContext:
         )
         self._model = loaded.model
         self._sequence, self.length = self.cache.match_and_adopt(np.zeros(0, dtype=np.int32))
-        self._logits = torch.empty(0)
+        self._batch: Batch | None = None
 
     def run(self, tokens: Tensor, num_logits: int) -> Tensor:
         """Appends int64[N]; returns int64[num_logits]."""
@@ -88,15 +87,16 @@ class OurContext:
             slots=pages.slots,
             logit_rows=torch.arange(max(0, count - num_logits), count),
         )
-        self._logits = self._model.forward(batch, self.cache)
-        ids, _ = ops.argmax(self._logits)
+        ids, _ = self._model.forward_top_k(batch, self.cache, 1)
         self.cache.commit(self._sequence, count)
         self.length += count
-        return ids
+        self._batch = batch
+        return ids[:, 0]
 
     def logits(self) -> Tensor:
-        """float32[num_logits, V] of the last call."""
-        return self._logits
+        """float32[num_logits, V] of the last call, whose pass is computed anew for them."""
+        assert self._batch is not None
+        return self._model.forward(self._batch, self.cache)
 
     def truncate(self, length: int) -> None:
         """Drops the tokens from `length` on."""

@@ -263,60 +263,70 @@ class Choice(NamedTuple):
     error: Exception | None
 
 
-def verify(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
+class GreedyTokens(NamedTuple):
+    """All that plain greedy sequences need of a forward pass.
+
+    Attributes:
+        ids: int64[R], the token with the largest logit of each row (lowest id of equals).
+        values: float32[R], that logit; NaN if the row has one.
+    """
+
+    ids: torch.Tensor
+    values: torch.Tensor
+
+
+def verify(candidates: Sequence[Candidate], output: torch.Tensor | GreedyTokens) -> list[Choice]:
     """Chooses the next tokens of several sequences.
 
     Args:
         candidates: the sequences.
-        logits: float32[sum(len(draft) + 1), V], rows of a sequence in order: after its pending
-            token, then after each draft token.
+        output: float32[sum(len(draft) + 1), V], rows of a sequence in order: after its pending
+            token, then after each draft token; or the greedy tokens of these rows, if all
+            sequences are plain greedy.
 
     Returns:
         For each sequence the agreeing start of its draft and one more token, or the error that
         kept it from having them.
     """
-    num_rows = [len(candidate.draft) + 1 for candidate in candidates]
-    parts = torch.split(logits, num_rows)
-    choices: list[Choice | None] = [
-        None if candidate.sampler.is_plain_greedy else _choose_sampled(candidate, part)
-        for candidate, part in zip(candidates, parts, strict=True)
-    ]
-    greedy = [index for index, choice in enumerate(choices) if choice is None]
-    if greedy:
-        all_rows = len(greedy) == len(candidates)
-        rows = logits if all_rows else torch.cat([parts[index] for index in greedy])
-        chosen = _choose_greedy([candidates[index] for index in greedy], rows)
-        for index, choice in zip(greedy, chosen, strict=True):
-            choices[index] = choice
-    return [choice for choice in choices if choice is not None]
+    if isinstance(output, GreedyTokens):
+        return _choose_greedy(candidates, output)
+    parts = torch.split(output, _num_rows(candidates))
+    return [_choose(candidate, rows) for candidate, rows in zip(candidates, parts, strict=True)]
 
 
-def _choose_sampled(candidate: Candidate, rows: torch.Tensor) -> Choice:
+def _num_rows(candidates: Sequence[Candidate]) -> list[int]:
+    return [len(candidate.draft) + 1 for candidate in candidates]
+
+
+def _choose(candidate: Candidate, logits: torch.Tensor) -> Choice:
+    """From float32[len(draft) + 1, V], the rows of one candidate."""
     try:
-        run = candidate.sampler.choose_run(rows.numpy(), candidate.draft, candidate.position)
+        if candidate.sampler.is_plain_greedy:
+            return _verify_plain_greedy([candidate], GreedyTokens(*ops.argmax(logits)))[0]
+        draft, position = candidate.draft, candidate.position
+        return Choice(*candidate.sampler.choose_run(logits.numpy(), draft, position))
     except Exception as error:
         return Choice([], error)
-    return Choice(*run)
 
 
-def _choose_greedy(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
+def _choose_greedy(candidates: Sequence[Candidate], tokens: GreedyTokens) -> list[Choice]:
     """All candidates at once; if that fails, one by one, to find whose fault it is."""
+    parts = [torch.split(part, _num_rows(candidates)) for part in tokens]
     try:
-        return _verify_plain_greedy(candidates, logits)
+        return _verify_plain_greedy(candidates, tokens)
     except Exception as error:
         if len(candidates) == 1:
             return [Choice([], error)]
-    parts = torch.split(logits, [len(candidate.draft) + 1 for candidate in candidates])
     return [
         choice
-        for candidate, part in zip(candidates, parts, strict=True)
-        for choice in _choose_greedy([candidate], part)
+        for candidate, ids, values in zip(candidates, *parts, strict=True)
+        for choice in _choose_greedy([candidate], GreedyTokens(ids, values))
     ]
 
 
-def _verify_plain_greedy(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
-    """The fast path: one pass over all rows finds each row's token (lowest id of equals)."""
-    ids, values = ops.argmax(logits)
+def _verify_plain_greedy(candidates: Sequence[Candidate], tokens: GreedyTokens) -> list[Choice]:
+    """The fast path: one pass over the tokens of all rows."""
+    ids, values = tokens
     runs = verify_greedy([candidate.draft for candidate in candidates], ids)
     if bool(torch.isfinite(values).all()):
         return [Choice(run, None) for run in runs]

@@ -23,6 +23,7 @@ KERNEL_GROUPS = (
 )
 LINEAR, HEAD, OTHER = "linear layers", "head, arg-max", "other kernels"
 OUR_OPS = "stateful_kv::"
+HEAD_OP = OUR_OPS + "linear_top_k"
 # Ops that only run others of ours: what they add is the engine's time, not a kernel's.
 CONTAINERS = (OUR_OPS + "decoder_layers",)
 STEP_KINDS = ("decode", "verify", "prefill")
@@ -181,9 +182,9 @@ def _add_span(step: StepTimes, node: Node) -> None:
     step.phases[phase] = step.phases.get(phase, 0.0) + node.event.duration_us - inside
     ops = list(_ops_in(node))
     linear = [one for one in ops if kernel_group(one.event.name) == LINEAR]
-    # The model ends with its head, an op of its own kind or the last linear layer.
-    has_head = any(kernel_group(one.event.name) == HEAD for one in ops)
-    head = linear[-1] if phase == "forward" and linear and not has_head else None
+    # A model ends with its head: the last linear layer, unless there is an op of its own for it.
+    has_head_op = any(one.event.name == HEAD_OP for one in ops)
+    head = linear[-1] if phase == "forward" and linear and not has_head_op else None
     for op in ops:
         took = op.event.duration_us
         step.ops_in[phase] = step.ops_in.get(phase, 0.0) + took

@@ -16,7 +16,7 @@ import torch
 from stateful_kv.batch import Batch
 from stateful_kv.cache import KVCache
 from stateful_kv.config import ModelConfig
-from stateful_kv.drafting import Candidate, Choice, verify
+from stateful_kv.drafting import Candidate, Choice, GreedyTokens, verify
 from stateful_kv.errors import OutOfPagesError
 from stateful_kv.plan import Planner, RowPlan, admissible, build_batch, describe
 from stateful_kv.tracing import span, traced
@@ -35,13 +35,22 @@ class Model(Protocol):
         """Writes KV of all rows of the batch; returns float32[R, V], logits of logit_rows."""
         ...
 
+    def forward_top_k(
+        self, batch: Batch, cache: KVCache, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As forward; returns ids int64[R, k] and values float32[R, k] of the largest logits.
+
+        Largest first, NaN before every number, of equals the lowest id first.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass: its rows, the logits they asked for, its duration."""
+    """One forward pass: its rows, what they need to choose tokens, its duration."""
 
     rows: list[RowPlan]
-    logits: torch.Tensor
+    output: torch.Tensor | GreedyTokens
     seconds: float
 
 
@@ -122,13 +131,20 @@ class Stepper:
             with torch.inference_mode():
                 batch = build_batch(rows, self._cache)
                 with span("forward", lambda: describe(rows)):
-                    logits = self._model.forward(batch, self._cache)
-            return [_Pass(rows, logits, time.perf_counter() - began_at)]
+                    output = self._run_model(rows, batch)
+            return [_Pass(rows, output, time.perf_counter() - began_at)]
         except Exception as error:
             if len(rows) > 1:
                 return [one for row in rows for one in self._forward([row])]
             rows[0].turn.fail(error)
             return []
+
+    def _run_model(self, rows: list[RowPlan], batch: Batch) -> torch.Tensor | GreedyTokens:
+        """Logits only if some row needs more of them than the largest."""
+        if all(row.turn.sampler.is_plain_greedy for row in rows if row.num_logit_rows):
+            ids, values = self._model.forward_top_k(batch, self._cache, 1)
+            return GreedyTokens(ids[:, 0], values[:, 0])
+        return self._model.forward(batch, self._cache)
 
     @traced("commit")
     def _commit(self, row: RowPlan, choice: Choice) -> None:
@@ -195,7 +211,7 @@ def _verify(one: _Pass) -> list[Choice]:
         for row in asking
     ]
     try:
-        chosen = iter(verify(candidates, one.logits) if candidates else [])
-    except Exception as error:  # the logits as a whole are not what was asked for
+        chosen = iter(verify(candidates, one.output) if candidates else [])
+    except Exception as error:  # the output as a whole is not what was asked for
         chosen = iter([Choice([], error) for _ in candidates])
     return [next(chosen) if row.num_logit_rows else Choice([], None) for row in one.rows]

@@ -19,7 +19,7 @@ from stateful_kv.drafting import Drafter
 from stateful_kv.errors import InvalidRequestError
 from stateful_kv.models.llama import LlamaModel
 from tests.e2e.conftest import MakeEngine
-from tests.e2e.tiny import COSTS, CountingUp, tiny_llama
+from tests.e2e.tiny import COSTS, CountingUp, TopKOfLogits, tiny_llama
 
 CURVE = CostCurve((1, 2, 4), (8.0, 9.0, 13.0), 0.25, 0.5, noise=0.1)
 DRAFT_ALL = CostCurve((1, 8), (8e-3, 8.1e-3))
@@ -27,7 +27,7 @@ DRAFT_NONE = CostCurve((1, 2), (8e-3, 80e-3))
 CONFIG = EngineConfig(page_size=16, max_draft=7)
 
 
-class Timed:
+class Timed(TopKOfLogits):
     """A model whose passes take as long as a curve says, on a clock of its own."""
 
     def __init__(self, curve: CostCurve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ class Timed:
         assert batch.logit_rows.tolist() == list(range(rows))
         self.now += self.slower * self.curve.total(rows, int(batch.seq_lens[0]) - rows)
         self.num_passes += 1
-        return torch.empty(0)
+        return torch.zeros(rows, 1)
 
 
 class TestMeasure:

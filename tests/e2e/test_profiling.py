@@ -258,6 +258,18 @@ def test_one_step_added_up_by_hand() -> None:
     assert step.between_ops_us(1.5) == 80 - 62 - 4 * 1.5
 
 
+def test_a_head_that_chooses_too() -> None:
+    """With an op of its own for the head, all linear layers are layers."""
+    events = [
+        event._replace(name="stateful_kv::linear_top_k") if event.begin_us == 65 else event
+        for event in SYNTHETIC
+        if event.name not in ("verify", "stateful_kv::argmax")
+    ]
+    (step,) = add_up_turn(events, is_first=False).steps
+    assert step.kernels == {"linear layers": 20, "attention": 10, HEAD: 30}
+    assert step.calls == {"linear layers": 1, "attention": 1, HEAD: 1}
+
+
 def test_overhead_by_hand() -> None:
     recorded = add_up_turn(SYNTHETIC, is_first=False).steps
     plain = [

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from stateful_kv import ops
 from stateful_kv.config import EngineConfig, SamplingParams
-from stateful_kv.drafting import Candidate, Drafter, verify
+from stateful_kv.drafting import Candidate, Drafter, GreedyTokens, verify
 from stateful_kv.ledger import Ledger
 from stateful_kv.sampling import BadLogitsError, Sampler, keyed_uniform
 from stateful_kv.stopping import StopRules, StopStringFinder
@@ -150,6 +151,26 @@ class TestSampling:
         rows[:, 5] = 1.0
         rows[2] = torch.nan
         assert verify([Candidate(sampler(8), [4, 5], 0)], rows)[0] == ([5], None)
+
+    def test_greedy_tokens_do_as_well_as_logits(self) -> None:
+        logits = torch.randn(7, 8)
+        logits[2] = torch.nan
+        logits[6] = -torch.inf
+        best = logits.argmax(-1).tolist()
+        candidates = [
+            Candidate(sampler(8), [best[0], best[1], 0], 5),
+            Candidate(sampler(8), [(best[4] + 1) % 8], 3),
+            Candidate(sampler(8), [], 9),
+        ]
+        chosen = verify(candidates, GreedyTokens(*ops.argmax(logits)))
+        assert [choice.tokens for choice in chosen] == [best[:2], best[4:5], []]
+        assert "position 7" in str(chosen[0].error)
+        assert chosen[1].error is None
+        assert "position 9" in str(chosen[2].error)
+        for choice, same in zip(chosen, verify(candidates, logits), strict=True):
+            assert (choice.tokens, str(choice.error)) == (same.tokens, str(same.error))
+        with pytest.raises(RuntimeError, match="split"):
+            verify(candidates, GreedyTokens(*ops.argmax(logits[:6])))
 
     def test_verify_mixes_greedy_and_sampled(self) -> None:
         logits = torch.randn(6, 16)

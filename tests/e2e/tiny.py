@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stateful_kv import quantize
+from stateful_kv import ops, quantize
 from stateful_kv.batch import Batch
 from stateful_kv.cache import KVCache
 from stateful_kv.config import ModelConfig
@@ -141,7 +141,21 @@ def tiny_llama(seed: int = 0, max_position: int = 2048) -> LlamaModel:
     return LlamaModel(config, weights)
 
 
-class StubModel:
+class TopKOfLogits:
+    """`forward_top_k` of a model that computes its logits in full."""
+
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward_top_k(
+        self, batch: Batch, cache: KVCache, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert k == 1, "the engine asks for no more"
+        ids, values = ops.argmax(self.forward(batch, cache))
+        return ids[:, None], values[:, None]
+
+
+class StubModel(TopKOfLogits):
     """A model without mathematics; `next_tokens` gives the greedy token of each asked row."""
 
     def __init__(self, max_position: int = 1 << 20) -> None:
@@ -256,7 +270,7 @@ def oracle_token(tokens: np.ndarray) -> int:
 Row = tuple[int, int, bytes]
 
 
-class Recorder:
+class Recorder(TopKOfLogits):
     """Wraps a model and keeps (position, fed token, logits) of every row that asked for logits."""
 
     def __init__(self, model: Any) -> None:

@@ -149,6 +149,26 @@ class Linear:
             joined = ops.silu_mul(joined)
         return joined if residual is None else joined.add_(residual)
 
+    def top_k(
+        self, x: Tensor, k: int, norm_weight: Tensor, norm_eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """The k largest of each row that a call would give; for a product of one part.
+
+        Args:
+            x: float32[N, K], the input.
+            k: from 1 to 64, at most out.
+            norm_weight: float32[K], x is normalised first.
+            norm_eps: for that norm.
+
+        Returns:
+            ids: int64[N, k], largest first, of equals the lowest first.
+            values: float32[N, k].
+        """
+        (w,) = self.parts
+        return ops.linear_top_k(
+            x, w.weight, w.scales, w.minimums, self.bias, w.out_features, k, norm_weight, norm_eps
+        )
+
 
 def _flat(linear: Linear) -> list[Tensor | None] | None:
     """Weight, scales, minimums and bias; None if there are several parts."""
@@ -218,7 +238,7 @@ class LlamaWeights:
         embedding: float32[V, E].
         layers: one entry per layer.
         norm: float32[E], before the head.
-        head: E -> V.
+        head: E -> V, of one part.
         cos_sin: float32[max_position, D], rotary table.
     """
 
@@ -261,11 +281,35 @@ class LlamaModel:
         Raises:
             IndexError: a token id outside [0, V).
         """
-        x = self.weights.embedding.index_select(0, batch.token_ids)
-        run_layers = self._run_ops if self._flat is None else self._run_fused
-        hidden = run_layers(x, batch, cache)
+        hidden = self._run_layers(batch, cache)
         eps = self.config.rms_norm_eps
         return self.weights.head(hidden, norm_weight=self.weights.norm, norm_eps=eps)
+
+    @torch.no_grad()
+    def forward_top_k(self, batch: Batch, cache: LayeredCache, k: int) -> tuple[Tensor, Tensor]:
+        """As `forward`, but of each row of logits only the k largest, the others never written.
+
+        Args:
+            batch: as in `forward`.
+            cache: as in `forward`.
+            k: from 1 to 64, at most V.
+
+        Returns:
+            ids: int64[R, k], largest logit first, of equals the lowest id first, NaN before all.
+            values: float32[R, k], the logits at those ids, with the bits that `forward` gives.
+
+        Raises:
+            IndexError: a token id outside [0, V).
+        """
+        hidden = self._run_layers(batch, cache)
+        norm, eps = self.weights.norm, self.config.rms_norm_eps
+        return self.weights.head.top_k(hidden, k, norm_weight=norm, norm_eps=eps)
+
+    def _run_layers(self, batch: Batch, cache: LayeredCache) -> Tensor:
+        """Embedding and layers: float32[R, E], before the last norm."""
+        x = self.weights.embedding.index_select(0, batch.token_ids)
+        run = self._run_ops if self._flat is None else self._run_fused
+        return run(x, batch, cache)
 
     def _run_fused(self, x: Tensor, batch: Batch, cache: LayeredCache) -> Tensor:
         """All layers in one op: float32[N, E] -> float32[R, E]."""
