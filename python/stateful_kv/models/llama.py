@@ -302,8 +302,7 @@ class LlamaModel:
             IndexError: a token id outside [0, V).
         """
         hidden = self._run_layers(batch, cache)
-        norm, eps = self.weights.norm, self.config.rms_norm_eps
-        return self.weights.head.top_k(hidden, k, norm_weight=norm, norm_eps=eps)
+        return self.weights.head.top_k(hidden, k, self.weights.norm, self.config.rms_norm_eps)
 
     def _run_layers(self, batch: Batch, cache: LayeredCache) -> Tensor:
         """Embedding and layers: float32[R, E], before the last norm."""
