@@ -61,7 +61,8 @@ class Layer {
          .num_rows = count,
          .in_features = shape_.in_features,
          .out_features = out,
-         .input_row_stride = stride_},
+         .input_row_stride = stride_,
+         .norm_epsilon = 0.0F},
         parallel_for);
     return output;
   }
