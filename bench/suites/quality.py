@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from bench import harness, perplexity
-from bench.harness import Settings
-from bench.peers.llama_cpp_logits import LlamaCpp, is_available
+from bench.harness import PeerMissingError, Settings
+from bench.peers.llama_cpp_model import LlamaCppContext, LlamaCppModel, check_runs
 from stateful_kv.cache import DTYPES
 from stateful_kv.models.loading import LoadedModel, load_model, resolve
 
@@ -38,6 +38,7 @@ VARIANTS = (
 SMOKE_VARIANTS, SMOKE_TOKENS = VARIANTS[:1], 48
 # Largest part by which the perplexity of the file's own weights may differ from llama.cpp's.
 LLAMA_CPP_TOLERANCE = 0.01
+FLASH_ATTENTION = True  # of llama.cpp; what it chooses itself on a CPU
 
 
 @dataclass
@@ -131,16 +132,43 @@ def _measure_with_peer(
 ) -> dict[str, Any]:
     """As `measure`, llama.cpp among the others; returns what was found of it."""
     path = resolve(MODEL)
-    with LlamaCpp(path, len(tokens), perplexity.CHUNK, torch.get_num_threads()) as llama_cpp:
-        theirs = Reading(llama_cpp.chunks_of(tokens))
+    model = LlamaCppModel(path)
+    context = LlamaCppContext(
+        model, len(tokens), torch.get_num_threads(), flash_attention=FLASH_ATTENTION
+    )
+    try:
+        theirs = Reading(_chunks_of(context, tokens))
         measure(fp32, [*ours, theirs], tokens)
-        return {
-            "perplexity": theirs.perplexity,
-            "ratio_to_fp32": theirs.perplexity / fp32.perplexity,
-            "from_fp32": theirs.distance.to_json(),
-            "file": path.name,
-            "settings": llama_cpp.settings,
-        }
+    finally:
+        context.close()
+        model.close()
+    return {
+        "perplexity": theirs.perplexity,
+        "ratio_to_fp32": theirs.perplexity / fp32.perplexity,
+        "from_fp32": theirs.distance.to_json(),
+        "file": path.name,
+        "settings": {**context.about, "kv": "f16", "flash_attention": FLASH_ATTENTION},
+    }
+
+
+def _chunks_of(context: LlamaCppContext, tokens: Sequence[int]) -> Iterator[Tensor]:
+    """Logits of a text, float32[up to CHUNK, V] at a time."""
+    ids = torch.tensor(tokens)
+    for part in torch.split(ids, perplexity.CHUNK):
+        context.run(part, len(part))
+        yield context.logits()
+
+
+def _has_peer(settings: Settings) -> bool:
+    """Whether llama.cpp is there; an error if it is not and was asked for by name."""
+    try:
+        check_runs(resolve(MODEL))
+        LlamaCppModel(resolve(MODEL)).close()
+    except PeerMissingError as error:
+        if settings.peer == PEER:
+            raise harness.CheckFailedError(f"quality: {PEER}: {error}") from error
+        return False
+    return True
 
 
 def _text(loaded: LoadedModel, settings: Settings) -> list[int]:
@@ -151,10 +179,8 @@ def _text(loaded: LoadedModel, settings: Settings) -> list[int]:
 def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
     """Run the suite; a broken check is an error."""
     chosen = SMOKE_VARIANTS if settings.smoke else VARIANTS
-    chosen = tuple(v for v in chosen if settings.only is None or settings.only in "/".join(v))
-    with_peer = is_available() and settings.peer in (None, "all", PEER)
-    if settings.peer == PEER and not with_peer:
-        raise harness.CheckFailedError(f"quality: {PEER}: the package llama_cpp is not installed")
+    chosen = tuple(v for v in chosen if settings.selects("/".join(v)))
+    with_peer = settings.peer in (None, "all", PEER) and _has_peer(settings)
     loaded = {name: load_model(MODEL, name) for name in {REFERENCE[0], *(v[0] for v in chosen)}}
     tokens = _text(loaded[REFERENCE[0]], settings)
 
