@@ -80,6 +80,7 @@ class DecoderLayers {
     sizes_.inner = inner_features(check);
     has_head_norms_ = weights_[kQNorm].has_value();
     allocate(x);
+    layers_.reserve(num_layers);
     for (size_t layer = 0; layer < num_layers; ++layer) {
       layers_.push_back(make_layer(layer, x, output));
     }
@@ -185,6 +186,7 @@ class DecoderLayers {
                tensor(layer, kFfnNorm), true, {memory_.normalised, memory_.gate_up, memory_.gated});
     params.down = linear(layer, "down", kDown, gated, sizes_.hidden, after_o, std::nullopt, false,
                          {{}, is_last ? output : memory_.after_down, {}});
+    check_head_norms(layer);
     if (has_head_norms_) {
       params.q_norm = head_norm(layer, "q_norm", kQNorm, 0, memory_.q);
       params.k_norm = head_norm(layer, "k_norm", kKNorm, num_heads_, memory_.k);
@@ -214,13 +216,22 @@ class DecoderLayers {
     return params_of(args, memory);
   }
 
+  void check_head_norms(size_t layer) const {
+    for (const size_t index : {kQNorm, kKNorm}) {
+      const bool is_there = tensor(layer, index).has_value();
+      TORCH_CHECK_VALUE(is_there == has_head_norms_, "decoder_layers: weights: layer ", layer,
+                        ": expected q_norm and k_norm in every layer or in none, got ",
+                        is_there ? "a tensor" : "None", " for ",
+                        index == kQNorm ? "q_norm" : "k_norm");
+    }
+  }
+
   // Norm of the heads from `first` on, out of the fused row into memory of their own.
   RmsNormParams head_norm(size_t layer, const char* name, size_t index, int64_t first,
                           const at::Tensor& heads) const {
     const std::string op = op_name(layer, name);
     const OpCheck check{op.c_str(), heads.device()};
     const OptionalTensor& weight = tensor(layer, index);
-    check.value("weight", weight.has_value(), "a tensor in every layer or in none", "None");
     const at::Tensor source =
         memory_.qkv.view({sizes_.num_rows, num_heads_ + 2 * layout_.num_kv_heads, layout_.head_dim})
             .narrow(1, first, heads.size(1));
@@ -267,6 +278,7 @@ class DecoderLayers {
 
 void check_logit_rows(const OpCheck& check, const at::Tensor& logit_rows, int64_t num_rows) {
   check("logit_rows", logit_rows).dtype({at::kLong}).shape({{"R"}}).contiguous();
+  check.value("logit_rows", logit_rows.numel() <= num_rows, "at most N rows", logit_rows);
   const int64_t* rows = logit_rows.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < logit_rows.numel(); ++i) {
     TORCH_CHECK_VALUE(rows[i] >= 0 && rows[i] < num_rows, check.op(),
@@ -343,6 +355,10 @@ void decoder_layers_cpu(const at::Tensor& x, const c10::List<OptionalTensor>& we
   check_rope_append_kv(check, rope, {at::kFloat});
   check.own_memory("output", output, "k_pools", k_pools);
   check.own_memory("output", output, "v_pools", v_pools);
+  if (k_scales.has_value()) {
+    check.own_memory("output", output, "k_scales", *k_scales);
+    check.own_memory("output", output, "v_scales", *v_scales);
+  }
   check_slot_values(check, slots, layout);
   check_positions(check, positions, cos_sin.size(0));
   const PagedAttentionArgs attention{memory.q, k_pool,        v_pool, page_table,

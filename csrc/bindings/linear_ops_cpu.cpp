@@ -1,6 +1,8 @@
 // CPU kernels of quantized_linear and linear_top_k: check, fill params, launch.
 #include <torch/library.h>
 
+#include <string>
+
 #include <algorithm>
 #include <tuple>
 
@@ -36,7 +38,7 @@ std::tuple<at::Tensor, at::Tensor> linear_top_k_cpu(
                                  no_residual, norm_weight, norm_eps, false};
   const OpCheck check{"linear_top_k", x.device()};
   check_quantized_linear(check, args);
-  check.value("k", k >= 1 && k <= kMaxTopK, "a number from 1 to 64", k);
+  check.value("k", k >= 1 && k <= kMaxTopK, "a number from 1 to " + std::to_string(kMaxTopK), k);
   check.value("k", k <= out_features, "a number <= out_features", k);
 
   QuantizedLinearMemory memory;

@@ -507,7 +507,7 @@ def decoder_layers(
         page_table: int32[S, M] - as in `paged_attention`.
         seq_lens: int32[S], contiguous - KV length of each sequence with its new rows.
         query_offsets: int32[S + 1], contiguous - rows of the sequences.
-        logit_rows: int64[R], contiguous - rows of x whose results are wanted.
+        logit_rows: int64[R], contiguous, R <= N - rows of x whose results are wanted.
         num_heads: H, a multiple of Hk.
         norm_eps: of all norms.
         scale: of the attention scores.
