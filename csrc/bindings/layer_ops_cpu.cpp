@@ -52,6 +52,7 @@ struct Memory {
   at::Tensor qkv;          // [N, (H + 2 Hk) D]
   at::Tensor q, k, v;      // [N, H or Hk, D]: parts of qkv, or normalised copies of q and k
   at::Tensor attended;     // [N, H, D]
+  at::Tensor attended_2d;  // [N, H D], the same memory
   at::Tensor logit_rows;   // [R, H D], rows of attended
   at::Tensor hidden_rows;  // [R, E], rows of the hidden state
   at::Tensor after_o;      // [N, E]
@@ -156,6 +157,7 @@ class DecoderLayers {
       memory_.k = floats({rows, kv_heads, dim});
     }
     memory_.attended = floats({rows, num_heads_, dim});
+    memory_.attended_2d = memory_.attended.view({rows, num_heads_ * dim});
     memory_.logit_rows = floats({sizes_.num_logit_rows, num_heads_ * dim});
     memory_.hidden_rows = floats({sizes_.num_logit_rows, sizes_.hidden});
     memory_.after_o = floats({rows, sizes_.hidden});
@@ -171,8 +173,7 @@ class DecoderLayers {
       return tensor.size(0) == rows ? tensor : tensor.narrow(0, 0, rows);
     };
     const at::Tensor& input = layer == 0 ? x : memory_.after_down;
-    const at::Tensor attended =
-        is_last ? memory_.logit_rows : memory_.attended.view({rows, num_heads_ * layout_.head_dim});
+    const at::Tensor& attended = is_last ? memory_.logit_rows : memory_.attended_2d;
     const at::Tensor after_o = first_rows(memory_.after_o);
     const at::Tensor gated = first_rows(memory_.gated);
     const OptionalTensor residual = is_last ? memory_.hidden_rows : input;
