@@ -105,13 +105,14 @@ def fingerprint(model: Model) -> str | None:
 def measure(model: Model, config: EngineConfig) -> CostCurve:
     """Times passes of 1 to `max_draft` + 1 rows, without context and behind one.
 
+    A model whose longest context is shorter than that gets no more rows than it has positions.
     Uses a small cache of its own. All points take turns, forwards and backwards, so that a drift
     of the machine hits them alike. Each gets the least of its times: what else the machine does
     only ever adds. Rounds end with `BUDGET_S`; a model so slow
     that one round takes longer is measured once.
     """
     scratch = _Scratch(model, config)
-    rows = point_rows(config.max_draft + 1)
+    rows = point_rows(scratch.max_rows)
     passes = [scratch.batch(count, 0) for count in rows]
     context = scratch.context
     if context:
@@ -160,7 +161,7 @@ class _Scratch:
 
     def __init__(self, model: Model, config: EngineConfig) -> None:
         shape, dtype = model.config, DTYPES[config.kv_dtype]
-        max_rows = config.max_draft + 1
+        self.max_rows = max_rows = min(config.max_draft + 1, shape.max_position)
         page_size = _page_size(config)
         token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
         self.context = max(0, min(_CONTEXT, _SCRATCH_BYTES // token_bytes))
@@ -171,10 +172,7 @@ class _Scratch:
         self.cache = KVCache(
             shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype
         )
-        # Memory that was never written is one page of zeros, which no cache ever misses.
-        pattern = torch.linspace(-1.0, 1.0, page_size).unsqueeze(1)
-        self.cache.k.copy_(pattern)
-        self.cache.v.copy_(pattern)
+        self._fill(torch.linspace(-1.0, 1.0, page_size))
         self._vocab_size = shape.vocab_size
         nothing = np.empty(0, dtype=np.int32)
         self._sequences = {}
@@ -183,6 +181,19 @@ class _Scratch:
             self.cache.reserve(sequence, context)
             self.cache.commit(sequence, context)
             self._sequences[context] = sequence
+
+    def _fill(self, pattern: torch.Tensor) -> None:
+        """Writes float32[B] to the vectors of each page, all numbers of a vector alike.
+
+        Memory that was never written is one page of zeros, which no cache ever misses.
+        """
+        pools = (self.cache.k, self.cache.k_scales), (self.cache.v, self.cache.v_scales)
+        for pool, scales in pools:
+            if scales is None:
+                pool.copy_(pattern.unsqueeze(1))
+            else:
+                pool.copy_((pattern * 127).round().unsqueeze(1))
+                scales.fill_(1 / 127)
 
     def batch(self, num_rows: int, context: int) -> Batch:
         """A verify of `num_rows` rows behind `context` tokens; all rows want logits."""

@@ -97,7 +97,37 @@ class TestMeasure:
     def test_a_short_context(self, monkeypatch: pytest.MonkeyPatch, max_position: int) -> None:
         model = Timed(self.TRUE, monkeypatch)
         model.config = replace(model.config, max_position=max_position)
-        assert measure(model, CONFIG).seconds == pytest.approx(self.TRUE.seconds)
+        curve = measure(model, CONFIG)
+        num_points = 1 if max_position == 1 else len(self.TRUE.rows)
+        assert curve.rows == self.TRUE.rows[:num_points]
+        assert curve.seconds == pytest.approx(self.TRUE.seconds[:num_points])
+
+    @pytest.mark.parametrize("max_position", [1, 2, 5])
+    def test_a_context_shorter_than_a_draft(
+        self, make_engine: MakeEngine, max_position: int
+    ) -> None:
+        model = tiny_llama()
+        config = replace(model.config, max_position=max_position)
+        weights = replace(model.weights, cos_sin=model.weights.cos_sin[:max_position].clone())
+        engine = make_engine(LlamaModel(config, weights), cost_curve="measure", max_draft=7)
+        engine.session()
+        assert engine.costs.curve().rows[-1] == max_position
+
+    @pytest.mark.parametrize("page_size", [1, 16, 64])
+    def test_int8_is_measured_on_the_values_of_floats(
+        self, llama: LlamaModel, page_size: int
+    ) -> None:
+        caches = [
+            calibrate._Scratch(llama, EngineConfig(page_size=page_size, kv_dtype=kv_dtype)).cache
+            for kv_dtype in ("float32", "int8")
+        ]
+        exact, rounded = caches
+        assert rounded.k_scales is not None and rounded.v_scales is not None
+        for pool, scales, expected in (
+            (rounded.k, rounded.k_scales, exact.k),
+            (rounded.v, rounded.v_scales, exact.v),
+        ):
+            torch.testing.assert_close(pool * scales[..., None], expected, rtol=0, atol=0.51 / 127)
 
     def test_a_sliding_window_is_not_measured_behind(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = Timed(replace(self.TRUE, window=50), monkeypatch)
