@@ -2,7 +2,8 @@
 
 Nothing here can fail an engine: what cannot be read is measured again, what cannot be written is
 measured by the next process too; both leave a warning in the log. A file appears by a rename, so
-processes that write the same one at once do no harm.
+processes that write the same one at once do no harm. Files that another build of the library left
+for the same machine go when one is written; what such a build then misses it measures again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from stateful_kv.machine import cpu_name, num_cores
 
 FOLDER_VARIABLE = "STATEFUL_KV_CACHE_DIR"
 _FORMAT = "stateful-kv-costs/1"
+_PATTERN = "costs-*.json"
 _MAX_BYTES = 1 << 20
+# The part of a key that says on what machine, whatever the build.
+_MACHINE = ("cpu", "isa", "cores", "threads")
 _log = logging.getLogger(__name__)
 
 Key = dict[str, str | int]
@@ -75,7 +79,7 @@ def load(key: Key) -> CostCurve | None:
 
 
 def store(key: Key, curve: CostCurve) -> None:
-    """Writes the curve for `load`, replacing what is there."""
+    """Writes the curve for `load`, replacing what is there and what other builds left."""
     data = {"format": _FORMAT, "key": key, "curve": curve.to_json()}
     try:
         path = _path(key)
@@ -88,6 +92,7 @@ def store(key: Key, curve: CostCurve) -> None:
         except BaseException:
             os.unlink(name)
             raise
+        _remove_other_builds(key)
     except (OSError, RuntimeError) as error:
         _log.warning("the cost curve is not stored, the next process measures it: %s", error)
 
@@ -96,7 +101,7 @@ def stored_here() -> Iterator[tuple[Key, CostCurve]]:
     """Keys and curves of this machine as it is set up now; unreadable files are left out."""
     here = machine_key()
     try:
-        paths = sorted(folder().glob("costs-*.json"))
+        paths = sorted(folder().glob(_PATTERN))
     except (OSError, RuntimeError):
         return
     for path in paths:
@@ -106,6 +111,18 @@ def stored_here() -> Iterator[tuple[Key, CostCurve]]:
             continue
         if here.items() <= key.items():
             yield key, curve
+
+
+def _remove_other_builds(key: Key) -> None:
+    """Removes the curves of this machine whose library differs; what is no curve of ours stays."""
+    for path in folder().glob(_PATTERN):
+        try:
+            other, _ = _read(path)
+            is_same_machine = all(other.get(name) == key.get(name) for name in _MACHINE)
+            if is_same_machine and other.get("library") != key.get("library"):
+                path.unlink(missing_ok=True)
+        except (OSError, ValueError, RecursionError):
+            continue
 
 
 def _path(key: Key) -> Path:

@@ -160,6 +160,36 @@ class TestFile:
         assert list(cost_file.stored_here()) == []
         assert "not stored" in caplog.text
 
+    def test_files_of_other_builds_are_removed(self, folder: Path) -> None:
+        here: cost_file.Key = {
+            "cpu": "a",
+            "isa": "avx2",
+            "cores": 2,
+            "threads": 2,
+            "library": "1",
+            "model": "m",
+        }
+        outdated = [{**here, "library": "0"}, {**here, "library": "0", "model": "n"}]
+        kept = [{**here, "model": "n"}] + [
+            {**here, "library": "0", name: value}
+            for name, value in (("cpu", "b"), ("isa", "avx512"), ("cores", 4), ("threads", 1))
+        ]
+        # Written once more at the end: storing one may have removed another.
+        texts = {}
+        for key in (*outdated, *kept):
+            cost_file.store(key, CURVE)
+            texts[cost_file._path(key)] = cost_file._path(key).read_text()
+        for path, text in texts.items():
+            path.write_text(text)
+        others = {"costs-notes.json": "{}", "costs-old.txt": "x", "notes.json": text}
+        for name, content in others.items():
+            (folder / name).write_text(content)
+        cost_file.store(here, COSTS)
+        assert [cost_file.load(key) for key in outdated] == [None, None]
+        assert [cost_file.load(key) for key in kept] == [CURVE] * len(kept)
+        assert cost_file.load(here) == COSTS
+        assert all((folder / name).read_text() == content for name, content in others.items())
+
     def test_a_failed_rename_leaves_nothing(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
