@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import get_ident
 from typing import ParamSpec, Protocol, TypeVar
 
 _P = ParamSpec("_P")
@@ -17,7 +18,7 @@ _T = TypeVar("_T")
 
 
 class Recorder(Protocol):
-    """What takes spans; it belongs to one thread, as the engine does."""
+    """What takes spans, those of the thread that began `recording`; others are left out."""
 
     def open(self, name: str, label: str) -> AbstractContextManager[object]:
         """Returns a span that begins when it is entered."""
@@ -26,6 +27,7 @@ class Recorder(Protocol):
 
 _NOTHING: AbstractContextManager[object] = nullcontext()
 _recorder: Recorder | None = None
+_owner = 0  # the thread whose spans `_recorder` takes
 
 
 def span(name: str, label: Callable[[], str] | None = None) -> AbstractContextManager[object]:
@@ -33,9 +35,9 @@ def span(name: str, label: Callable[[], str] | None = None) -> AbstractContextMa
 
     Args:
         name: the kind of span, one of few.
-        label: says more about this one; called only while something records.
+        label: says more about this one; called only if the span is recorded.
     """
-    if _recorder is None:
+    if _recorder is None or get_ident() != _owner:
         return _NOTHING
     return _recorder.open(name, "" if label is None else label())
 
@@ -46,7 +48,7 @@ def traced(name: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
     def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
         @functools.wraps(function)
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-            if _recorder is None:
+            if _recorder is None or get_ident() != _owner:
                 return function(*args, **kwargs)
             with _recorder.open(name, ""):
                 return function(*args, **kwargs)
@@ -58,10 +60,11 @@ def traced(name: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Gives all spans to `recorder` while it is entered."""
-    global _recorder
-    before, _recorder = _recorder, recorder
+    """Gives all spans of this thread to `recorder` while it is entered."""
+    global _owner, _recorder
+    before = _owner, _recorder
+    _owner, _recorder = get_ident(), recorder
     try:
         yield
     finally:
-        _recorder = before
+        _owner, _recorder = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -57,6 +58,23 @@ def test_recording_ends_with_its_block() -> None:
         pass
     assert first.seen == [("outer", "label")]
     assert second.seen == [("inner", "")]
+
+
+def test_spans_of_other_threads_are_not_recorded() -> None:
+    notes = Notes()
+
+    @tracing.traced("call")
+    def call() -> None:
+        with tracing.span("span"):
+            pass
+
+    with tracing.recording(notes):
+        other = threading.Thread(target=call)
+        other.start()
+        other.join()
+        assert notes.seen == []
+        call()
+    assert notes.seen == [("call", ""), ("span", "")]
 
 
 def test_a_traced_function_is_the_function() -> None:
