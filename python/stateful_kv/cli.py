@@ -38,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+DEFAULT_KV_DTYPE = "float16"
 ModelOption = Annotated[
     str, typer.Option(help="smollm2 (the default), a GGUF file, a model folder, or a Hub id.")
 ]
@@ -46,6 +47,10 @@ ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads (default: what torch chooses).")
 ]
 KvTokensOption = Annotated[int, typer.Option(min=64, help="Capacity of the KV pool, in tokens.")]
+KvDtypeOption = Annotated[
+    str,
+    typer.Option(metavar="DTYPE", help="KV stored as float16, float32, bfloat16 or int8."),
+]
 WorkflowArgument = Annotated[
     str, typer.Argument(metavar="WORKFLOW.json|NAME", help="A file, or a shipped workflow.")
 ]
@@ -77,7 +82,9 @@ def _fail(message: str) -> None:
     raise typer.Exit(2)
 
 
-def _load_engine(model: str, *, kv_tokens: int, threads: int | None) -> Engine:
+def _load_engine(
+    model: str, *, kv_tokens: int, threads: int | None, kv_dtype: str = DEFAULT_KV_DTYPE
+) -> Engine:
     import torch
 
     from stateful_kv.engine import Engine
@@ -85,13 +92,15 @@ def _load_engine(model: str, *, kv_tokens: int, threads: int | None) -> Engine:
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        return Engine.load(model, kv_tokens=kv_tokens)
+        return Engine.load(model, kv_tokens=kv_tokens, kv_dtype=kv_dtype)
     except ValueError as error:
         # Settings check themselves with ValueError; elsewhere one would be a bug and is not hidden.
         raise InvalidRequestError(str(error)) from error
 
 
-def _meta(file: WorkflowFile, model: str, options: ReplayOptions) -> dict[str, Any]:
+def _meta(
+    file: WorkflowFile, model: str, options: ReplayOptions, kv_dtype: str = DEFAULT_KV_DTYPE
+) -> dict[str, Any]:
     return {
         "format": "stateful-kv-run/1",
         "workflow": file.name,
@@ -101,6 +110,7 @@ def _meta(file: WorkflowFile, model: str, options: ReplayOptions) -> dict[str, A
         "ignore_eos": options.ignore_eos,
         "stateless": options.stateless,
         "draft": options.draft,
+        "kv_dtype": kv_dtype,
         "argv": report.relative_argv(),
         "build": build_info(),
         "machine": report.machine_info(),
@@ -120,6 +130,7 @@ def run(
     json_out: JsonOption = None,
     threads: ThreadsOption = None,
     kv_tokens: KvTokensOption = 65536,
+    kv_dtype: KvDtypeOption = DEFAULT_KV_DTYPE,
 ) -> None:
     """Replay a workflow file and show one row per turn."""
     with _user_errors():
@@ -127,11 +138,11 @@ def run(
         _require_writable(json_out)
         console = Console(stderr=json_out == Path("-"))
         with console.status(f"loading {escape(model)}"):
-            engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads)
+            engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads, kv_dtype=kv_dtype)
         options = ReplayOptions(max_tokens, ignore_eos, stateless, not no_draft)
         try:
             rows = _replay_shown(engine, file, options, console)
-            meta = _meta(file, model, options)
+            meta = _meta(file, model, options, kv_dtype)
         finally:
             engine.close()
         result = {
@@ -243,6 +254,7 @@ def profile(
     json_out: JsonOption = None,
     threads: ThreadsOption = None,
     kv_tokens: KvTokensOption = 65536,
+    kv_dtype: KvDtypeOption = DEFAULT_KV_DTYPE,
 ) -> None:
     """Replay a workflow file and show where each millisecond of its steps goes.
 
@@ -260,7 +272,7 @@ def profile(
         _require_writable(trace, json_out)
         console = Console(stderr=json_out == Path("-"))
         with console.status(f"loading {escape(model)}"):
-            engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads)
+            engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads, kv_dtype=kv_dtype)
         options = ReplayOptions(max_tokens, ignore_eos, draft=not no_draft)
         try:
             opened = nullcontext() if trace is None else TraceWriter.open(trace, file.name)
@@ -273,7 +285,7 @@ def profile(
                     trace=writer,
                     on_turn=lambda row: status.update(f"profiling: {row.turn + 1} turns done"),
                 )
-            meta = {**_meta(file, model, options), "format": "stateful-kv-profile/1"}
+            meta = {**_meta(file, model, options, kv_dtype), "format": "stateful-kv-profile/1"}
         finally:
             engine.close()
         summary = summarize_profile(found)

@@ -136,6 +136,29 @@ def test_a_bad_setting_is_one_line(invoke, monkeypatch, workflow_path):
         _assert_one_error_line(invoke(*command), "page_size: expected an integer >= 1, got 0")
 
 
+@pytest.mark.parametrize("command", ["run", "profile"])
+def test_kv_dtype_reaches_the_engine(invoke, monkeypatch, workflow_path, command):
+    asked = []
+
+    def load(model, **config):
+        asked.append(EngineConfig(**config).kv_dtype)
+        raise ModelNotFoundError("seen")
+
+    monkeypatch.setattr(Engine, "load", load)
+    for dtype in ("float16", "float32", "bfloat16", "int8"):
+        _assert_one_error_line(invoke(command, workflow_path, "--kv-dtype", dtype), "seen")
+    _assert_one_error_line(invoke(command, workflow_path), "seen")
+    assert asked == ["float16", "float32", "bfloat16", "int8", "float16"]
+    result = invoke(command, workflow_path, "--kv-dtype", "int4")
+    _assert_one_error_line(result, "kv_dtype: expected", "'int8'", "got 'int4'")
+
+
+def test_kv_dtype_is_written_down(engine, invoke, workflow_path, tmp_path):
+    out = tmp_path / "out.json"
+    assert invoke("run", workflow_path, "--kv-dtype", "int8", "--json", out).exit_code == 0
+    assert json.loads(out.read_text())["meta"]["kv_dtype"] == "int8"
+
+
 def test_unknown_model(invoke, monkeypatch, workflow_path):
     def refuse(model, **unused):
         raise ModelNotFoundError(f"unknown model\n {model!r}")
