@@ -7,6 +7,7 @@ each turn of one run is timed next to the same turn of the others, and their tok
 Other programs take part only where `--peer` names them: the server of llama.cpp, plain and with two
 of its drafters, and `transformers`. They answer with their own tokens, which stay in their history
 as ours do in ours, so after the first replies the conversations differ; replies are equally long.
+Where no run of ours is named the one without drafts runs all the same: tokens must be equal.
 """
 
 from __future__ import annotations
@@ -178,8 +179,8 @@ def _chosen(settings: Settings) -> tuple[list[str], list[str], list[str]]:
         for name in RUNS
         if name != "stateful" and (settings.peer is None or settings.asks_for(name))
     ]
-    # Where our runs are compared at all, all of them check each other.
-    return list(RUNS) if compared else ["stateful"], compared, peers
+    # Where our runs are compared at all, all of them check each other; else the cheaper one does.
+    return list(RUNS) if compared else ["stateful", "no_draft"], compared, peers
 
 
 def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:

@@ -147,7 +147,7 @@ def test_runs_and_peers_are_chosen():
     every = ["stateful", "stateless", "no_draft"]
     assert chosen(None) == (every, every[1:], [])
     assert chosen("stateless") == (every, ["stateless"], [])
-    assert chosen("llama_server") == (["stateful"], [], ["llama_server"])
+    assert chosen("llama_server") == (["stateful", "no_draft"], [], ["llama_server"])
     assert chosen("all") == (every, every[1:], list(suite.PEERS))
 
 
