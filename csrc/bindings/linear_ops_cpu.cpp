@@ -1,9 +1,8 @@
 // CPU kernels of quantized_linear and linear_top_k: check, fill params, launch.
 #include <torch/library.h>
 
-#include <string>
-
 #include <algorithm>
+#include <string>
 #include <tuple>
 
 #include "csrc/bindings/linear_args.h"
