@@ -28,8 +28,8 @@ def _parser() -> argparse.ArgumentParser:
         help="compare with this peer only (or A,B,...); all: with every peer",
     )
     run.add_argument("--only", help="only cases whose name contains this (or one of A,B,...)")
-    run.add_argument("--pairs", type=int, default=harness.MIN_PAIRS, help="pairs a case")
-    run.add_argument("--threads", type=int, help="CPU threads")
+    run.add_argument("--pairs", type=_positive, default=harness.MIN_PAIRS, help="pairs a case")
+    run.add_argument("--threads", type=_positive, help="CPU threads")
     run.add_argument("--quiet-machine", action="store_true", help="refuse to run on a busy machine")
     run.add_argument("--out", type=Path, metavar="FILE.json")
     show = commands.add_parser("report", help="write a Markdown table and an SVG plot")
@@ -38,9 +38,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {number}")
+    return number
+
+
+def _require_writable(path: Path) -> None:
+    """OSError if the file could not be written; before the run, so that no result is lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.exists()
+    path.open("a").close()
+    if not existed:
+        path.unlink()
+
+
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
     import torch
 
+    if args.out is not None:
+        try:
+            _require_writable(args.out)
+        except OSError as error:
+            print(f"bench: --out: {error}", file=sys.stderr)
+            return 2
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     settings = harness.Settings(args.smoke, args.device, args.peer, args.pairs, only=args.only)
@@ -63,7 +85,6 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         print("bench: no case matches --only and --peer", file=sys.stderr)
         return 2
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0
 

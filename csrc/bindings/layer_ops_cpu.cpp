@@ -35,6 +35,8 @@ enum LayerTensor : size_t {
   kLayerTensors = 20,
 };
 
+constexpr int64_t kMaxHeads = 1 << 16;  // keeps sizes made of it far from overflow
+
 // Where a profiler sees the kernel as the op it belongs to.
 #define SKV_AS_OP(name) RECORD_FUNCTION("stateful_kv::" name, c10::ArrayRef<const c10::IValue>{})
 
@@ -342,8 +344,9 @@ void decoder_layers_cpu(const at::Tensor& x, const c10::List<OptionalTensor>& we
   check.own_memory("output", output, "x", x);
   const KvLayout layout = check_layers(check, weights, k_pools, v_pools, k_scales, v_scales);
   check.value("num_heads",
-              num_heads > 0 && layout.num_kv_heads > 0 && num_heads % layout.num_kv_heads == 0,
-              "a multiple > 0 of the pools' Hk", num_heads);
+              num_heads > 0 && num_heads <= kMaxHeads && layout.num_kv_heads > 0 &&
+                  num_heads % layout.num_kv_heads == 0,
+              "a multiple > 0 of the pools' Hk, at most 65536", num_heads);
   const DecoderLayers layers(check, x, weights, logit_rows, layout, num_heads, norm_eps, output);
 
   const at::Tensor k_pool = k_pools.select(0, 0);
@@ -354,6 +357,7 @@ void decoder_layers_cpu(const at::Tensor& x, const c10::List<OptionalTensor>& we
   const RopeAppendKvArgs rope{memory.q, memory.k, memory.v, positions, cos_sin,
                               slots,    k_pool,   v_pool,   k_scale,   v_scale};
   check_rope_append_kv(check, rope, {at::kFloat});
+  check.own_memory("output", output, "cos_sin", cos_sin);
   check.own_memory("output", output, "k_pools", k_pools);
   check.own_memory("output", output, "v_pools", v_pools);
   if (k_scales.has_value()) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -44,7 +45,8 @@ ModelOption = Annotated[
 ]
 MaxTokensOption = Annotated[int, typer.Option(min=1, help="Longest reply of a turn, in tokens.")]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads (default: what torch chooses).")
+    int | None,
+    typer.Option(min=1, max=1024, help="CPU threads (default: what torch chooses)."),
 ]
 KvTokensOption = Annotated[int, typer.Option(min=64, help="Capacity of the KV pool, in tokens.")]
 KvDtypeOption = Annotated[
@@ -354,6 +356,8 @@ def info() -> None:
 
 def main() -> None:
     """Entry point of the ``stateful-kv`` script."""
+    # Asked to end, it closes files and engines on the way out, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app(prog_name="stateful-kv")
 
 

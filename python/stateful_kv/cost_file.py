@@ -131,6 +131,8 @@ def _path(key: Key) -> Path:
 
 
 def _read(path: Path) -> tuple[Any, CostCurve]:
+    if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+        raise ValueError(f"{path}: expected a file")
     with path.open("rb") as file:
         content = file.read(_MAX_BYTES + 1)
     try:

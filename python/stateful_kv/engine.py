@@ -280,6 +280,8 @@ class Engine:
             self._sessions.clear()
             self._turns.clear()
             self.cache.evict_all()
+            # Hooks of ours in a part of ours: a cycle that would keep the pool until a collection.
+            self.cache.relieve = self.cache.holders = None
             self._is_closed = True
 
     def check_integrity(self) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 
 from stateful_kv import cache
 from stateful_kv.cache import KVCache
-from stateful_kv.config import SamplingParams
+from stateful_kv.config import EngineConfig, SamplingParams
+from stateful_kv.engine import Engine
 from stateful_kv.errors import InvalidRequestError
 from tests.e2e.conftest import MakeEngine
-from tests.e2e.tiny import CountingUp
+from tests.e2e.tiny import COSTS, ByteTokenizer, CountingUp
 
 
 @pytest.mark.parametrize(
@@ -117,3 +120,20 @@ def test_scales_that_cannot_be_allocated(
     KVCache(1, 1, 32, 2, 16)
     with pytest.raises(InvalidRequestError, match=r"kv_tokens: .*\(2304 bytes\): no memory"):
         KVCache(1, 1, 32, 2, 16, torch.int8)
+
+
+def test_a_closed_engine_gives_its_memory_back() -> None:
+    """At once, without a collection: pools are large, and the collector cannot see their size."""
+    config = EngineConfig(kv_tokens=256, page_size=16)
+    engine = Engine(CountingUp(), ByteTokenizer(), config, cost_curve=COSTS)
+    session = engine.session()
+    session.turn("hello", max_tokens=2)
+    pool = weakref.ref(engine.cache)
+    gc.collect()
+    gc.disable()
+    try:
+        engine.close()
+        del session, engine
+        assert pool() is None
+    finally:
+        gc.enable()

@@ -321,7 +321,7 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
             "past the end": set_value(1, 4),
             "more than rows": to(torch.tensor([0, 1, 2, 3, 3])),
         },
-        "num_heads": {"zero": to(0), "no multiple of Hk": to(3)},
+        "num_heads": {"zero": to(0), "no multiple of Hk": to(3), "huge": to(2**62)},
         "norm_eps": {"negative": to(-1.0), "nan": to(float("nan"))},
         "scale": {"nan": to(float("nan"))},
         "sliding_window": {"negative": to(-1)},
