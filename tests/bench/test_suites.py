@@ -192,3 +192,20 @@ def test_quality_asks_for_a_peer_that_is_not_there(monkeypatch):
     settings = harness.Settings(smoke=True, peer="llama_cpp")
     with pytest.raises(harness.CheckFailedError, match="llama_cpp is not installed"):
         quality.run(settings, {}, lambda result: None)
+
+
+@pytest.mark.parametrize("option", ["--threads", "--pairs"])
+def test_numbers_below_one_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main(["run", "state", "--smoke", option, "0"])
+    assert caught.value.code == 2
+    assert f"{option}: expected a number >= 1, got 0" in capsys.readouterr().err
+
+
+def test_a_bad_output_is_found_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "run", lambda *_: pytest.fail("the suite ran"))
+    assert command.main(["run", "state", "--smoke", "--out", str(tmp_path)]) == 2
+    assert "bench: --out: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

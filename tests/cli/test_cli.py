@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -231,3 +234,25 @@ def test_info_shows_the_curves_of_this_machine(invoke, tmp_path, monkeypatch):
     assert result.stdout.count("cost curve") == 1
     assert "llama 30x576, float16 KV: ms by rows 1: 8.1, 4: 10.5;" in result.stdout
     assert "2.5 with 1 row, 4 with 4" in result.stdout
+
+
+def test_a_request_to_end_leaves_in_order(monkeypatch):
+    left = []
+
+    def app(prog_name):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            left.append(prog_name)
+
+    before = signal.getsignal(signal.SIGTERM)
+    # Whatever happens, the process of the tests is not what ends.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    monkeypatch.setattr(cli, "app", app)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 143 and left == ["stateful-kv"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +210,14 @@ class TestFile:
         for unusable in ("", "relative"):
             monkeypatch.setenv("XDG_CACHE_HOME", unusable)
             assert cost_file.folder() == home / ".cache" / "stateful_kv"
+
+    def test_a_pipe_is_not_waited_for(self, folder: Path) -> None:
+        cost_file.store(KEY, CURVE)
+        (path,) = folder.iterdir()
+        path.unlink()
+        os.mkfifo(path)
+        assert cost_file.load(KEY) is None
+        assert list(cost_file.stored_here()) == []
 
     def test_many_writers(self, folder: Path) -> None:
         def write(curve: CostCurve) -> None:
