@@ -9,6 +9,7 @@
 
 #include "csrc/kernels/cuda/dispatch.h"
 #include "csrc/kernels/cuda/kernels.h"
+#include "csrc/kernels/cuda/launch.h"
 
 namespace skv::cuda {
 namespace {
@@ -38,9 +39,8 @@ cudaError_t launch(const CopyPagesParams& params, cudaStream_t stream) {
   const int64_t blocks_per_page = ceil_div(page_words, kThreads);
   const int64_t num_blocks = 2 * params.num_layers * blocks_per_page;
   if (!fits_grid(num_blocks)) return cudaErrorInvalidValue;
-  copy_pages_kernel<Word>
-      <<<static_cast<unsigned>(num_blocks), kThreads, 0, stream>>>(params, blocks_per_page);
-  return cudaGetLastError();
+  return launch_kernel(copy_pages_kernel<Word>, {num_blocks, kThreads}, stream, params,
+                       blocks_per_page);
 }
 
 }  // namespace

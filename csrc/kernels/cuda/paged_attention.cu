@@ -19,6 +19,7 @@
 #include "csrc/kernels/cuda/dispatch.h"
 #include "csrc/kernels/cuda/element.cuh"
 #include "csrc/kernels/cuda/kernels.h"
+#include "csrc/kernels/cuda/launch.h"
 
 namespace skv::cuda {
 namespace {
@@ -276,9 +277,8 @@ cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t str
     return dispatch_head_dim(
         params.layout.head_dim,
         [&](auto head_dim) {
-          paged_attention_kernel<Kv, decltype(head_dim)::value>
-              <<<static_cast<unsigned>(num_blocks), kThreads, 0, stream>>>(params);
-          return cudaGetLastError();
+          return launch_kernel(paged_attention_kernel<Kv, decltype(head_dim)::value>,
+                               {num_blocks, kThreads}, stream, params);
         },
         HeadDims{});
   });

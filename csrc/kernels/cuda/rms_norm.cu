@@ -7,6 +7,7 @@
 #include "csrc/kernels/cuda/dispatch.h"
 #include "csrc/kernels/cuda/element.cuh"
 #include "csrc/kernels/cuda/kernels.h"
+#include "csrc/kernels/cuda/launch.h"
 
 namespace skv::cuda {
 namespace {
@@ -53,8 +54,7 @@ cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   }
   if (params.num_rows == 0 || params.num_features == 0) return cudaSuccess;
-  rms_norm_kernel<<<static_cast<unsigned>(params.num_rows), kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return launch_kernel(rms_norm_kernel, {params.num_rows, kThreads}, stream, params);
 }
 
 }  // namespace skv::cuda

@@ -8,6 +8,7 @@
 #include "csrc/kernels/cuda/dispatch.h"
 #include "csrc/kernels/cuda/element.cuh"
 #include "csrc/kernels/cuda/kernels.h"
+#include "csrc/kernels/cuda/launch.h"
 
 namespace skv::cuda {
 namespace {
@@ -83,8 +84,7 @@ cudaError_t rope_append_kv(const RopeAppendKvParams& params, cudaStream_t stream
     return cudaErrorInvalidValue;
   }
   if (params.num_rows == 0) return cudaSuccess;
-  rope_append_kv_kernel<<<static_cast<unsigned>(params.num_rows), kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return launch_kernel(rope_append_kv_kernel, {params.num_rows, kThreads}, stream, params);
 }
 
 }  // namespace skv::cuda

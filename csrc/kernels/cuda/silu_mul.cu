@@ -6,6 +6,7 @@
 #include "csrc/kernels/cuda/dispatch.h"
 #include "csrc/kernels/cuda/element.cuh"
 #include "csrc/kernels/cuda/kernels.h"
+#include "csrc/kernels/cuda/launch.h"
 
 namespace skv::cuda {
 namespace {
@@ -38,9 +39,7 @@ cudaError_t silu_mul(const SiluMulParams& params, cudaStream_t stream) {
   const int64_t num_blocks = params.num_rows * blocks_per_row;
   if (!fits_grid(num_blocks)) return cudaErrorInvalidValue;
   if (num_blocks == 0) return cudaSuccess;
-  silu_mul_kernel<<<static_cast<unsigned>(num_blocks), kThreads, 0, stream>>>(params,
-                                                                              blocks_per_row);
-  return cudaGetLastError();
+  return launch_kernel(silu_mul_kernel, {num_blocks, kThreads}, stream, params, blocks_per_row);
 }
 
 }  // namespace skv::cuda
