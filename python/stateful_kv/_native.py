@@ -49,16 +49,18 @@ def check_device(device: str | torch.device) -> torch.device:
     """The device as torch names it, if this build has kernels for it and it is there.
 
     Raises:
-        DeviceUnavailableError: the message says which of the two is missing.
+        DeviceUnavailableError: the message says which of the two is missing, and what to do.
     """
     try:
+        if not isinstance(device, (str, torch.device)):  # torch takes 0 as a device
+            raise TypeError
         wanted = torch.device(device)
-    except RuntimeError as error:
-        raise DeviceUnavailableError(f"device {device}: expected cpu or cuda") from error
-    if wanted.type == "cpu":
+    except (RuntimeError, TypeError) as error:
+        raise DeviceUnavailableError(f"device {device}: expected cpu or cuda or cuda:N") from error
+    if wanted.type == "cpu" and wanted.index is None:
         return wanted
     if wanted.type != "cuda":
-        raise DeviceUnavailableError(f"device {wanted}: expected cpu or cuda")
+        raise DeviceUnavailableError(f"device {wanted}: expected cpu or cuda or cuda:N")
     if not _C.build_info()["cuda"]:
         raise DeviceUnavailableError(
             f"device {wanted}: stateful_kv was built without CUDA; with a CUDA build of torch and "
@@ -66,8 +68,17 @@ def check_device(device: str | torch.device) -> torch.device:
         )
     num_devices = torch.cuda.device_count()
     if num_devices == 0 or (wanted.index is not None and wanted.index >= num_devices):
-        raise DeviceUnavailableError(f"device {wanted}: torch sees {num_devices} CUDA devices")
-    return wanted
+        if torch.version.cuda is None:
+            hint = f"torch {torch.__version__} is built without CUDA; install a CUDA build of it"
+        elif num_devices:
+            hint = f"expected cuda:0 to cuda:{num_devices - 1}"
+        else:
+            hint = "check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+        raise DeviceUnavailableError(
+            f"device {wanted}: torch sees {num_devices} CUDA devices; {hint}"
+        )
+    # With its index, as tensors on it say: "cuda" alone would compare unequal to theirs.
+    return wanted if wanted.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 check_torch_version(str(_C.build_info()["torch"]), torch.__version__)

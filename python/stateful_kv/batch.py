@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
+
+from stateful_kv.device import to_device
 
 
 class BatchPages(NamedTuple):
@@ -53,3 +55,10 @@ class Batch:
     def num_sequences(self) -> int:
         """Sequences S."""
         return self.seq_lens.shape[0]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device, all tensors in one copy; on the CPU the batch itself."""
+        if device.type == "cpu":
+            return self
+        tensors = [getattr(self, field.name) for field in fields(self)]
+        return Batch(*to_device(tensors, device))

@@ -11,6 +11,7 @@ import torch
 from stateful_kv import ops
 from stateful_kv._native import _C, check_device
 from stateful_kv.batch import BatchPages
+from stateful_kv.device import free_memory, to_device
 from stateful_kv.errors import InvalidRequestError, OutOfPagesError
 from stateful_kv.host_memory import HUGE_PAGE_BYTES, huge_page_region
 from stateful_kv.ledger import TokenArray
@@ -39,6 +40,7 @@ class KVCache:
         v_scales: float32[num_layers, P, Hk, B], scales of the values of int8 pools; else None.
         page_size: tokens a page holds (B).
         num_pages: pages of the pool (P).
+        device: where the pools lie; page tables and lengths are kept on the host.
         relieve: called when eviction does not free enough; releases a sequence of something idle
             and returns True, or returns False when there is nothing left to release.
         holders: returns the sequences that `relieve` keeps and those that it may release; without
@@ -53,10 +55,11 @@ class KVCache:
         num_pages: int,
         page_size: int,
         dtype: torch.dtype = torch.float16,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
     ) -> None:
+        self.device = check_device(device)
         shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
-        pools = _make_pools(shape, dtype, check_device(device))
+        pools = _make_pools(shape, dtype, self.device)
         self.k, self.v, self.k_scales, self.v_scales = pools
         self.page_size = page_size
         self.num_pages = num_pages
@@ -139,6 +142,7 @@ class KVCache:
         return self.k_scales[layer], self.v_scales[layer]
 
     def _copy_pages(self, page_copies: torch.Tensor) -> None:
+        (page_copies,) = to_device([page_copies], self.device)
         ops.copy_pages(page_copies, self.k, self.v, self.k_scales, self.v_scales)
 
     def check_room(self, sequence_id: int, num_tokens: int, *, can_relieve: bool = True) -> None:
@@ -283,11 +287,12 @@ def _make_pools(
     if dtype == torch.int8:  # and a scale for each vector
         num_bytes += 2 * math.prod(shape[:-1]) * torch.float32.itemsize
     size = f"a KV pool of {num_pages} pages of {page_size} tokens ({num_bytes} bytes)"
-    limit = _physical_memory() if device.type == "cpu" else None
+    limit = _physical_memory() if device.type == "cpu" else free_memory(device)
     # Checked first: memory is promised freely, and the process killed when it is written to.
     if limit is not None and num_bytes > limit:
+        where = "memory" if device.type == "cpu" else f"the free memory of {device}"
         raise InvalidRequestError(
-            f"kv_tokens: expected a KV pool that fits into memory ({limit} bytes), got {size}"
+            f"kv_tokens: expected a KV pool that fits into {where} ({limit} bytes), got {size}"
         )
     try:
         k, v = _zeros(shape, dtype, device), _zeros(shape, dtype, device)

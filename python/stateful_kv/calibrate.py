@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from stateful_kv import cost_file
+from stateful_kv._native import check_device
 from stateful_kv.batch import Batch
 from stateful_kv.cache import DTYPES, KVCache
 from stateful_kv.config import EngineConfig, ModelConfig
 from stateful_kv.costs import CostCurve, point_rows, smoothed
+from stateful_kv.device import device_name, synchronize
 from stateful_kv.errors import InvalidRequestError
 from stateful_kv.step import Model
 
@@ -70,6 +72,7 @@ class Costs:
         if model_key is not None:
             key = {
                 **cost_file.machine_key(),
+                "device": device_name(check_device(self._config.device)),
                 "model": model_key,
                 "shape": _shape_name(self._model.config),
                 "kv_dtype": self._config.kv_dtype,
@@ -147,8 +150,10 @@ def _rounds(model: Model, cache: KVCache, passes: list[Batch]) -> list[list[floa
             times = [0.0] * len(passes)
             order = range(len(passes))
             for index in order if number % 2 == 0 else reversed(order):
+                synchronize(cache.device)
                 start = time.perf_counter()
                 model.forward_top_k(passes[index], cache, 1)  # as in a greedy step
+                synchronize(cache.device)
                 times[index] = time.perf_counter() - start
             rounds.append(times)
             if time.perf_counter() - began_at + sum(times) > BUDGET_S:
@@ -170,9 +175,15 @@ class _Scratch:
             self.context = min(self.context, shape.sliding_window)
         num_pages = -(-(self.context + max_rows) // page_size) + -(-max_rows // page_size)
         self.cache = KVCache(
-            shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype
+            shape.num_layers,
+            shape.num_kv_heads,
+            shape.head_dim,
+            num_pages,
+            page_size,
+            dtype,
+            config.device,
         )
-        self._fill(torch.linspace(-1.0, 1.0, page_size))
+        self._fill(torch.linspace(-1.0, 1.0, page_size, device=self.cache.device))
         self._vocab_size = shape.vocab_size
         nothing = np.empty(0, dtype=np.int32)
         self._sequences = {}
@@ -209,7 +220,7 @@ class _Scratch:
             seq_lens=pages.seq_lens,
             slots=pages.slots,
             logit_rows=rows,
-        )
+        ).to(self.cache.device)
 
 
 def _page_size(config: EngineConfig) -> int:

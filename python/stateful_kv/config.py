@@ -6,11 +6,15 @@ reported where it was written (with the name of the field) and never reaches the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 KV_DTYPES = ("float16", "float32", "bfloat16", "int8")
+# What "auto" stands for, by the type of the device.
+_DEFAULT_KV_DTYPES = {"cpu": "float16", "cuda": "bfloat16"}
+_DEVICE_NAME = re.compile(r"cpu|cuda(:\d{1,4})?", re.ASCII)
 MAX_DRAFT_LIMIT = 63
 
 
@@ -221,26 +225,33 @@ class EngineConfig:
         kv_tokens: tokens the KV pool holds (rounded up to whole pages).
         page_size: tokens a page holds.
         kv_dtype: "float16", "float32", "bfloat16" or "int8" (with a scale a vector; half the memory
-            of float16, not quite its values).
+            of float16, not quite its values). "auto", which is float16 on the CPU and bfloat16 on
+            CUDA, is replaced by what it stands for.
         max_batch_tokens: rows of one forward pass, all sessions together.
         draft: propose tokens from the session's own text and verify them in one pass.
         max_draft: longest draft of one session in one step.
+        device: "cpu", "cuda" or "cuda:N"; where the KV lies and the model computes.
     """
 
     kv_tokens: int = 65536
     page_size: int = 64
-    kv_dtype: str = "float16"
+    kv_dtype: str = "auto"
     max_batch_tokens: int = 1024
     draft: bool = True
     max_draft: int = 7
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Checks every field."""
         _require_int("kv_tokens", self.kv_tokens, 1)
         _require_int("page_size", self.page_size, 1)
-        _require(
-            self.kv_dtype in KV_DTYPES, "kv_dtype", f"expected one of {KV_DTYPES}", self.kv_dtype
-        )
+        is_device = isinstance(self.device, str) and _DEVICE_NAME.fullmatch(self.device)
+        _require(bool(is_device), "device", "expected 'cpu', 'cuda' or 'cuda:N'", self.device)
+        known = ("auto", *KV_DTYPES)
+        _require(self.kv_dtype in known, "kv_dtype", f"expected one of {known}", self.kv_dtype)
+        if self.kv_dtype == "auto":
+            device_type = self.device.partition(":")[0]
+            object.__setattr__(self, "kv_dtype", _DEFAULT_KV_DTYPES[device_type])
         _require_int("max_batch_tokens", self.max_batch_tokens, 1)
         _require(isinstance(self.draft, bool), "draft", "expected a bool", self.draft)
         _require_int("max_draft", self.max_draft, 0)

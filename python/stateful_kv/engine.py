@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, overload
 
+import torch
+
+from stateful_kv._native import check_device
 from stateful_kv.cache import DTYPES, KVCache
 from stateful_kv.calibrate import CostChoice, Costs
 from stateful_kv.config import EngineConfig, SamplingParams
@@ -60,6 +63,8 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config = config if config is not None else EngineConfig()
+        device = check_device(config.device)
+        _check_model_device(model, device)
         shape = model.config
         self.cache = KVCache(
             shape.num_layers,
@@ -68,6 +73,7 @@ class Engine:
             config.num_pages,
             config.page_size,
             DTYPES[config.kv_dtype],
+            device,
         )
         self.cache.relieve = self._suspend_one
         self.cache.holders = self._holders
@@ -419,3 +425,12 @@ class Engine:
 
     def _prune(self) -> None:
         self._turns = [turn for turn in self._turns if turn.reply is None and turn.error is None]
+
+
+def _check_model_device(model: Model, device: torch.device) -> None:
+    """InvalidRequestError if the model says that its weights lie on another device."""
+    found = getattr(model, "device", device)
+    if found != device:
+        raise InvalidRequestError(
+            f"model: expected weights on {device}, the engine's device, got a model on {found}"
+        )

@@ -189,7 +189,7 @@ def describe(rows: Sequence[RowPlan]) -> str:
 
 @traced("build_batch")
 def build_batch(rows: Sequence[RowPlan], cache: KVCache) -> Batch:
-    """Makes the tensors of a step whose rows are reserved in the cache."""
+    """Makes the tensors of a step whose rows are reserved in the cache, on its device."""
     query_lens = [len(row.feed_ids) for row in rows]
     pages = cache.batch_pages([row.sequence_id for row in rows], query_lens)
     token_ids = np.concatenate([row.feed_ids for row in rows]).astype(np.int64)
@@ -208,4 +208,4 @@ def build_batch(rows: Sequence[RowPlan], cache: KVCache) -> Batch:
         seq_lens=pages.seq_lens,
         slots=pages.slots,
         logit_rows=torch.from_numpy(logit_rows),
-    )
+    ).to(cache.device)
