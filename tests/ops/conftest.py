@@ -1,11 +1,21 @@
-"""Fixtures of the op tests."""
+"""Fixtures of the op tests.
+
+`SKV_EMULATED_CUDA`: path of build/emulation/libskv_emulated.so. Then every op with a CUDA kernel
+runs that kernel, on the emulator of tests/emulation, for tensors on the CPU.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+import stateful_kv.ops  # noqa: F401  defines the ops before their kernels are replaced
+
+if EMULATED_CUDA := os.environ.get("SKV_EMULATED_CUDA"):
+    torch.ops.load_library(EMULATED_CUDA)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

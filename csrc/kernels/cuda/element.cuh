@@ -9,8 +9,10 @@
 
 #include "csrc/kernels/params.h"
 
-// Device asserts cost registers and a printf buffer, so they are a build option of their own.
-#if defined(SKV_DEVICE_ASSERTS)
+// Device asserts cost registers and a printf buffer, so they are a build option of their own. The
+// emulator of tests/emulation brings its own, always on.
+#if defined(SKV_DEVICE_ASSERT)
+#elif defined(SKV_DEVICE_ASSERTS)
 #include <cassert>
 #define SKV_DEVICE_ASSERT(condition) assert(condition)
 #else

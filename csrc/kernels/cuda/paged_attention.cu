@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
     paged_attention_kernel(const __grid_constant__ PagedAttentionParams params) {
   using Columns = LaneColumns<kHeadDim>;
   static_assert(kHeadDim <= kThreads, "one thread merges one column");
-  __shared__ alignas(16) Partials<kHeadDim> partials;
+  __shared__ __align__(16) Partials<kHeadDim> partials;
 
   const int64_t row = blockIdx.x / params.num_heads;
   const int32_t head = static_cast<int32_t>(blockIdx.x % params.num_heads);
