@@ -11,6 +11,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> Tensor:
+    """The same of a residual that x is added to in place."""
+    return rms_norm(residual.add_(x), weight, eps)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu of the first half times the second half."""
     gate, up = gate_up.chunk(2, dim=-1)

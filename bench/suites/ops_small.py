@@ -45,6 +45,34 @@ def _rms_norm(num_rows: int, settings: Settings) -> Trial:
     )
 
 
+def _rms_norm_residual(num_rows: int, settings: Settings) -> Trial:
+    """Residual sum and norm in one op; a residual that grows over the runs stays finite."""
+    inputs, rotation_bytes = _rows(num_rows, shapes.HIDDEN, settings)
+    residuals = [torch.randn_like(x) for x in inputs]
+    theirs = [residual.clone() for residual in residuals]
+    weight = torch.rand(shapes.HIDDEN)
+
+    def peer(index: int) -> Tensor:
+        return torch_composites.add_rms_norm(inputs[index], weight, EPS, theirs[index])
+
+    def check(_peer: str) -> harness.Check:
+        sums, plain_sums = residuals[0].clone(), residuals[0].clone()
+        last = sums[-1:].clone()
+        together = ops.rms_norm(inputs[0], weight, EPS, sums)
+        bits = torch.equal(ops.rms_norm(inputs[0][-1:], weight, EPS, last), together[-1:])
+        expected = torch_composites.add_rms_norm(inputs[0], weight, EPS, plain_sums)
+        return harness.compare((together, sums), (expected, plain_sums), TOLERANCE, bits)
+
+    return Trial(
+        ours=lambda i: ops.rms_norm(inputs[i], weight, EPS, residuals[i]),
+        peers={"torch": peer},
+        check=check,
+        work=Work(4 * 4 * num_rows * shapes.HIDDEN, 5 * num_rows * shapes.HIDDEN),
+        rotations=len(inputs),
+        rotation_bytes=2 * rotation_bytes,
+    )
+
+
 def _silu_mul(num_rows: int, settings: Settings) -> Trial:
     inputs, rotation_bytes = _rows(num_rows, 2 * shapes.INTERMEDIATE, settings)
 
@@ -274,6 +302,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     rows = (1, 8) if settings.smoke else (1, 8, 512)
     for name, setup in (
         ("rms_norm", _rms_norm),
+        ("rms_norm_residual", _rms_norm_residual),
         ("silu_mul", _silu_mul),
         ("rope_append_kv", _rope_append_kv),
         ("append_kv", _append_kv),

@@ -34,6 +34,7 @@ at::Tensor paged_attention_cuda(const at::Tensor& q, const at::Tensor& k_pool,
   const PagedAttentionArgs args{q,        k_pool,        v_pool,  page_table,
                                 seq_lens, query_offsets, scale,   sliding_window,
                                 soft_cap, k_scales,      v_scales};
+  check("k_pool", k_pool).dtype(kPoolDtypes);  // int8 is not built yet
   const KvLayout layout = check_pools(check, k_pool, v_pool);
   check_head_dim(check, layout.head_dim, cuda::HeadDims{});
   check_pool_alignment(check, "k_pool", k_pool);

@@ -26,7 +26,7 @@ namespace skv::bindings {
 using OptionalTensor = std::optional<at::Tensor>;
 using DtypeList = std::initializer_list<at::ScalarType>;
 inline constexpr DtypeList kPoolDtypes{at::kFloat, at::kHalf, at::kBFloat16};
-inline constexpr DtypeList kCpuPoolDtypes{at::kFloat, at::kHalf, at::kBFloat16, at::kChar};
+inline constexpr DtypeList kKvDtypes{at::kFloat, at::kHalf, at::kBFloat16, at::kChar};
 inline constexpr DtypeList kIdDtypes{at::kInt, at::kLong};
 
 inline constexpr int64_t kAnySize = -1;

@@ -9,20 +9,11 @@
 
 namespace skv::bindings {
 
-// Pools of int8 are for the CPU so far.
-inline void check_pool_dtype(const OpCheck& check, const at::Tensor& k_pool) {
-  TORCH_CHECK_TYPE(k_pool.is_cpu() || k_pool.is_meta() || k_pool.scalar_type() != at::kChar,
-                   check.op(), ": k_pool: expected dtype float32 or float16 or bfloat16 on ",
-                   k_pool.device(), " (int8 is not built yet), got ", describe(k_pool));
-  check("k_pool", k_pool).dtype(kCpuPoolDtypes);
-}
-
-// k_pool and v_pool: float32|float16|bfloat16, on the CPU also int8, [P, Hk, B, D], equal in dtype
-// and shape, contiguous.
+// k_pool and v_pool: float32|float16|bfloat16|int8 [P, Hk, B, D], equal in dtype and shape,
+// contiguous.
 inline KvLayout check_pools(const OpCheck& check, const at::Tensor& k_pool,
                             const at::Tensor& v_pool) {
-  check_pool_dtype(check, k_pool);
-  check("k_pool", k_pool).shape({{"P"}, {"Hk"}, {"B"}, {"D"}}).contiguous();
+  check("k_pool", k_pool).dtype(kKvDtypes).shape({{"P"}, {"Hk"}, {"B"}, {"D"}}).contiguous();
   const KvLayout layout{k_pool.size(0), k_pool.size(1), k_pool.size(2), k_pool.size(3)};
   check("v_pool", v_pool)
       .dtype({k_pool.scalar_type()})
@@ -45,8 +36,7 @@ struct PoolStack {
 inline PoolStack check_pool_stacks(const OpCheck& check, const at::Tensor& k_pool,
                                    const at::Tensor& v_pool) {
   if (k_pool.dim() != 5) return {1, check_pools(check, k_pool, v_pool)};
-  check_pool_dtype(check, k_pool);
-  check("k_pool", k_pool).contiguous();
+  check("k_pool", k_pool).dtype(kKvDtypes).contiguous();
   check("v_pool", v_pool)
       .dtype({k_pool.scalar_type()})
       .shape({{"num_layers", k_pool.size(0)},

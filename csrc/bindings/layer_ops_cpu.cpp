@@ -238,7 +238,8 @@ class DecoderLayers {
     const at::Tensor source =
         memory_.qkv.view({sizes_.num_rows, num_heads_ + 2 * layout_.num_kv_heads, layout_.head_dim})
             .narrow(1, first, heads.size(1));
-    RmsNormParams params = rms_norm_params(check, source, *weight, norm_eps_, {at::kFloat});
+    RmsNormParams params =
+        rms_norm_params(check, source, *weight, norm_eps_, std::nullopt, {at::kFloat});
     params.output = heads.mutable_data_ptr();
     return params;
   }
@@ -295,7 +296,7 @@ KvLayout check_layers(const OpCheck& check, const c10::List<OptionalTensor>& wei
                       const at::Tensor& k_pools, const at::Tensor& v_pools,
                       const OptionalTensor& k_scales, const OptionalTensor& v_scales) {
   check("k_pools", k_pools)
-      .dtype(kCpuPoolDtypes)
+      .dtype(kKvDtypes)
       .shape({{"num_layers"}, {"P"}, {"Hk"}, {"B"}, {"D"}})
       .contiguous();
   check("v_pools", v_pools)

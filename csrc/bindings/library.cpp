@@ -1,6 +1,7 @@
-// The schemas of all ops. A mutating op returns nothing and marks every tensor it writes; kernels
-// are registered by device key in ops of the matching name (*_ops_cpu.cpp, *_ops_cuda.cpp), fake
-// kernels and documentation are in python/stateful_kv/ops.py.
+// The schemas of all ops. A mutating op returns nothing (but for rms_norm with its residual) and
+// marks every tensor it writes; kernels are registered by device key in ops of the matching name
+// (*_ops_cpu.cpp, *_ops_cuda.cpp), fake kernels and documentation are in
+// python/stateful_kv/ops.py.
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>
 
@@ -20,7 +21,7 @@ TORCH_LIBRARY(stateful_kv, m) {
       "Tensor query_offsets, float scale, int sliding_window=0, float soft_cap=0.0, "
       "Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
       tags);
-  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", tags);
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual=None) -> Tensor", tags);
   m.def(
       "rope_append_kv(Tensor(a!) q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, "
       "Tensor slots, Tensor(b!) k_pool, Tensor(c!) v_pool, Tensor(d!)? k_scales=None, "

@@ -13,9 +13,10 @@ namespace skv::bindings {
 
 namespace {
 
-at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight, double eps) {
+at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight, double eps,
+                        const OptionalTensor& residual) {
   const OpCheck check{"rms_norm", x.device()};
-  RmsNormParams params = rms_norm_params(check, x, weight, eps, {at::kFloat});
+  RmsNormParams params = rms_norm_params(check, x, weight, eps, residual, {at::kFloat});
   at::Tensor output = at::empty(x.sizes(), x.options().requires_grad(false));
   params.output = output.mutable_data_ptr();
   cpu::kernels().rms_norm(params, torch_parallel_for);
@@ -34,19 +35,7 @@ at::Tensor silu_mul_cpu(const at::Tensor& gate_up) {
 
 std::tuple<at::Tensor, at::Tensor> argmax_cpu(const at::Tensor& logits) {
   const OpCheck check{"argmax", logits.device()};
-  check("logits", logits).dtype({at::kFloat}).shape({{"R"}, {"V"}}).last_dim_contiguous();
-  check.value("logits", logits.size(1) > 0, "V >= 1", logits);
-
-  at::Tensor ids = empty_tensor({logits.size(0)}, at::kLong, logits);
-  at::Tensor values = empty_tensor({logits.size(0)}, at::kFloat, logits);
-  const ArgmaxParams params{
-      .logits = logits.const_data_ptr<float>(),
-      .ids = ids.mutable_data_ptr<int64_t>(),
-      .values = values.mutable_data_ptr<float>(),
-      .num_rows = logits.size(0),
-      .vocab_size = logits.size(1),
-      .row_stride = logits.stride(0),
-  };
+  const auto [ids, values, params] = argmax_result(check, logits, {at::kFloat});
   cpu::kernels().argmax(params, torch_parallel_for);
   return {ids, values};
 }

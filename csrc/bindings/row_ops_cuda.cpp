@@ -1,9 +1,11 @@
-// CUDA kernels of rms_norm and silu_mul: check, fill params, launch.
+// CUDA kernels of rms_norm, silu_mul and argmax: check, fill params, launch.
 //
-// Not registered for CUDA: argmax, quantized_linear, linear_top_k, ngram_lookup and verify_draft.
+// Not registered for CUDA: quantized_linear, linear_top_k, decoder_layers and the token ops.
 // Torch's dispatcher then names the op and the missing backend; a slow stand-in would hide that.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#include <tuple>
 
 #include "csrc/bindings/checks.h"
 #include "csrc/bindings/cuda_launch.h"
@@ -15,9 +17,10 @@ namespace skv::bindings {
 
 namespace {
 
-at::Tensor rms_norm_cuda(const at::Tensor& x, const at::Tensor& weight, double eps) {
+at::Tensor rms_norm_cuda(const at::Tensor& x, const at::Tensor& weight, double eps,
+                         const OptionalTensor& residual) {
   const OpCheck check{"rms_norm", x.device()};
-  RmsNormParams params = rms_norm_params(check, x, weight, eps, kPoolDtypes);
+  RmsNormParams params = rms_norm_params(check, x, weight, eps, residual, kPoolDtypes);
   at::Tensor output = at::empty(x.sizes(), x.options().requires_grad(false));
   params.output = output.mutable_data_ptr();
   launch(check.op(), cuda::rms_norm, params, x);
@@ -34,11 +37,19 @@ at::Tensor silu_mul_cuda(const at::Tensor& gate_up) {
   return output;
 }
 
+std::tuple<at::Tensor, at::Tensor> argmax_cuda(const at::Tensor& logits) {
+  const OpCheck check{"argmax", logits.device()};
+  const auto [ids, values, params] = argmax_result(check, logits, kPoolDtypes);
+  launch(check.op(), cuda::argmax, params, logits);
+  return {ids, values};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(stateful_kv, CUDA, m) {
   m.impl("rms_norm", TORCH_FN(rms_norm_cuda));
   m.impl("silu_mul", TORCH_FN(silu_mul_cuda));
+  m.impl("argmax", TORCH_FN(argmax_cuda));
 }
 
 }  // namespace skv::bindings

@@ -25,7 +25,7 @@ struct TorchParallelFor {
 };
 inline constexpr TorchParallelFor torch_parallel_for{};
 
-// Precondition: one of kCpuPoolDtypes in checks.h.
+// Precondition: one of kKvDtypes in checks.h.
 inline DType dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kHalf:

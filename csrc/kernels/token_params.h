@@ -14,6 +14,8 @@ struct RmsNormParams {
   const void* input;    // [N, E], activation dtype, E contiguous
   const float* weight;  // [E]
   void* output;         // [N, E], activation dtype, contiguous
+  void* residual;       // [N, E], activation dtype, contiguous, or null: the input is added to it,
+                        // rounded once to its dtype, and the sum is what is normalised
   DType activation_dtype;
   int64_t num_rows;      // N
   int64_t num_features;  // E
@@ -33,12 +35,13 @@ struct SiluMulParams {
 };
 
 struct ArgmaxParams {
-  const float* logits;  // [R, V], V contiguous, V >= 1
-  int64_t* ids;         // [R], lowest index of the largest value
-  float* values;        // [R], that value; NaN if there is one in the row
-  int64_t num_rows;     // R
-  int64_t vocab_size;   // V
-  int64_t row_stride;   // elements between rows of logits
+  const void* logits;  // [R, V], logits_dtype, V contiguous, V >= 1
+  int64_t* ids;        // [R], lowest index of the largest value
+  float* values;       // [R], that value; NaN if there is one in the row
+  DType logits_dtype;
+  int64_t num_rows;    // R
+  int64_t vocab_size;  // V
+  int64_t row_stride;  // elements between rows of logits
 };
 
 struct NgramLookupParams {

@@ -60,8 +60,7 @@ def append_kv(
         k: float32, or dtype of the pool unless that is int8, [N, Hk, D], D contiguous - new keys.
         v: dtype of k [N, Hk, D], D contiguous - new values.
         slots: int64[N], contiguous - where each row goes, -1 = the row is skipped.
-        k_pool: float32|float16|bfloat16|int8 (CUDA: not int8) [P, Hk, B, D], contiguous - written
-            in place.
+        k_pool: float32|float16|bfloat16|int8 [P, Hk, B, D], contiguous - written in place.
         v_pool: dtype and shape of k_pool, contiguous, memory of its own - written in place.
         k_scales: float32[P, Hk, B], contiguous, for pools of int8, else None - written in place.
         v_scales: as k_scales, of the values, memory of its own - written in place.
@@ -214,25 +213,30 @@ def _(
     return q.new_empty(q.shape)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """Root-mean-square norm of the last dimension: x / sqrt(mean(x^2) + eps) * weight.
+
+    With a residual, x is added to it first, rounded once to its dtype, and the sum is what is
+    normalised: `residual += x; return rms_norm(residual, weight, eps)` in one pass. It is the one
+    op that writes an argument and returns a result.
 
     Args:
         x: float32[..., E] (CUDA: also float16, bfloat16), E contiguous, the leading dimensions
             folding into at most two strides - so the heads of a fused projection are read in place.
         weight: float32[E], contiguous.
         eps: a number >= 0.
+        residual: dtype and shape of x, contiguous, memory of its own, or None - written in place.
 
     Returns:
         Dtype and shape of x, contiguous.
     """
-    result: Tensor = _ops.rms_norm.default(x, weight, eps)
+    result: Tensor = _ops.rms_norm.default(x, weight, eps, residual)
     return result
 
 
 @_fake("rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    _check_devices("rms_norm", x.device, weight=weight)
+def _(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    _check_devices("rms_norm", x.device, weight=weight, residual=residual)
     return x.new_empty(x.shape)
 
 
@@ -260,8 +264,8 @@ def rope_append_kv(
         positions: int32[N], contiguous - absolute positions in [0, max_pos).
         cos_sin: float32[max_pos, D], contiguous - D/2 cosines, then D/2 sines.
         slots: int64[N], contiguous - where each row goes, -1 = nothing is written for the row.
-        k_pool: float32|float16|bfloat16|int8 (CUDA: not int8) [P, Hk, B, D], contiguous - written
-            in place, see append_kv.
+        k_pool: float32|float16|bfloat16|int8 [P, Hk, B, D], contiguous - written in place, see
+            append_kv.
         v_pool: dtype and shape of k_pool, contiguous, memory of its own - written in place.
         k_scales: float32[P, Hk, B], contiguous, for pools of int8, else None - written in place.
         v_scales: as k_scales, of the values, memory of its own - written in place.
@@ -587,11 +591,12 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Greedy choice: the largest logit of each row, of equals the one with the lowest id.
 
     Args:
-        logits: float32[R, V], V contiguous, V >= 1.
+        logits: float32[R, V] (CUDA: also float16, bfloat16), V contiguous, V >= 1.
 
     Returns:
         ids: int64[R].
-        values: float32[R], the logits at those ids; NaN where the row has a NaN.
+        values: float32[R], the logits at those ids; NaN where the row has a NaN, and then the id
+            of its first one.
     """
     result: tuple[Tensor, Tensor] = _ops.argmax.default(logits)
     return result
@@ -600,7 +605,8 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 @_fake("argmax")
 def _(logits: Tensor) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
-    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows)
+    ids = logits.new_empty(rows, dtype=torch.int64)
+    return ids, logits.new_empty(rows, dtype=torch.float32)
 
 
 def ngram_lookup(

@@ -46,8 +46,9 @@ TEST_F(Argmax, FindsTheFirstLargestAlsoInStridedRows) {
     const auto check = [&](ParallelFor parallel_for) {
       ExactArray<int64_t> ids(kNumKinds, -1);
       ExactArray<float> values(kNumKinds, -1.0F);
-      cpu::kernels().argmax({logits.data(), ids.data(), values.data(), kNumKinds, count, stride},
-                            parallel_for);
+      cpu::kernels().argmax(
+          {logits.data(), ids.data(), values.data(), DType::kFloat32, kNumKinds, count, stride},
+          parallel_for);
       for (int64_t kind = 0; kind < kNumKinds; ++kind) {
         const float* row = logits.data() + kind * stride;
         EXPECT_EQ(ids[kind], naive_argmax(row, count)) << count << " values, kind " << kind;
@@ -67,7 +68,7 @@ TEST_F(Argmax, SeesTheLastValueAndNoneBehindIt) {
     logits[count - 1] = -1.0F;
     int64_t id = -1;
     float value = 0.0F;
-    cpu::kernels().argmax({logits.data(), &id, &value, 1, count, count}, kSerial);
+    cpu::kernels().argmax({logits.data(), &id, &value, DType::kFloat32, 1, count, count}, kSerial);
     EXPECT_EQ(id, count - 1);
     EXPECT_EQ(value, -1.0F);
   }

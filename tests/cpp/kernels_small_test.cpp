@@ -231,8 +231,19 @@ TEST_F(RmsNorm, MatchesDoubleAndKeepsBitsInAnyBatch) {
     const auto x = random_floats(kOuter * outer_stride, 5, 3.0F);
     const auto weight = random_floats(features, 6);
     std::vector<float> y(static_cast<size_t>(kOuter * kInner * features));
-    RmsNormParams params{x.data(), weight.data(), y.data(),     DType::kFloat32, kOuter * kInner,
-                         features, kInner,        inner_stride, outer_stride,    1e-5F};
+    const RmsNormParams params{
+        .input = x.data(),
+        .weight = weight.data(),
+        .output = y.data(),
+        .residual = nullptr,
+        .activation_dtype = DType::kFloat32,
+        .num_rows = kOuter * kInner,
+        .num_features = features,
+        .inner_rows = kInner,
+        .inner_stride = inner_stride,
+        .outer_stride = outer_stride,
+        .epsilon = 1e-5F,
+    };
     cpu::kernels().rms_norm(params, kBackwards);
     for (int64_t row = 0; row < kOuter * kInner; ++row) {
       const float* input = x.data() + row / kInner * outer_stride + row % kInner * inner_stride;
@@ -245,11 +256,54 @@ TEST_F(RmsNorm, MatchesDoubleAndKeepsBitsInAnyBatch) {
         EXPECT_NEAR(output[i], wanted, 2e-6 * std::abs(wanted) + 1e-12);
       }
       std::vector<float> alone(static_cast<size_t>(features));
-      cpu::kernels().rms_norm({input, weight.data(), alone.data(), DType::kFloat32, 1, features, 1,
-                               features, features, 1e-5F},
-                              kSerial);
+      RmsNormParams one = params;
+      one.input = input;
+      one.output = alone.data();
+      one.num_rows = one.inner_rows = 1;
+      cpu::kernels().rms_norm(one, kSerial);
       EXPECT_TRUE(std::equal(alone.begin(), alone.end(), output));
     }
+  }
+}
+
+TEST_F(RmsNorm, NormalisesTheSumWithTheResidual) {
+  for (int64_t features : {1, 3, 16, 37, 64, 576}) {
+    constexpr int64_t kRows = 4;
+    const int64_t stride = features + 2;
+    const int64_t count = kRows * features;
+    const auto x = random_floats(kRows * stride, 11);
+    const auto weight = random_floats(features, 12);
+    const auto before = random_floats(count, 13);
+    ExactArray<float> residual(count, 0.0F);
+    ExactArray<float> y(count, -1.0F);
+    std::copy(before.begin(), before.end(), residual.data());
+    RmsNormParams params{
+        .input = x.data(),
+        .weight = weight.data(),
+        .output = y.data(),
+        .residual = residual.data(),
+        .activation_dtype = DType::kFloat32,
+        .num_rows = kRows,
+        .num_features = features,
+        .inner_rows = kRows,
+        .inner_stride = stride,
+        .outer_stride = 0,
+        .epsilon = 1e-5F,
+    };
+    cpu::kernels().rms_norm(params, kBackwards);
+    std::vector<float> sums(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) {
+      sums[static_cast<size_t>(i)] = before[static_cast<size_t>(i)] +
+                                     x[static_cast<size_t>(i / features * stride + i % features)];
+    }
+    EXPECT_TRUE(std::equal(sums.begin(), sums.end(), residual.data()));
+    std::vector<float> wanted(static_cast<size_t>(count));
+    params.input = sums.data();
+    params.output = wanted.data();
+    params.residual = nullptr;
+    params.inner_stride = features;
+    cpu::kernels().rms_norm(params, kSerial);
+    EXPECT_TRUE(std::equal(wanted.begin(), wanted.end(), y.data()));
   }
 }
 

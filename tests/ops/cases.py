@@ -40,7 +40,8 @@ def _paged_attention() -> Arguments:
 
 
 def _rms_norm() -> Arguments:
-    return {"x": torch.randn(3, 40), "weight": torch.randn(40), "eps": 1e-5}
+    x, residual = torch.randn(2, 3, 40)
+    return {"x": x, "weight": torch.randn(40), "eps": 1e-5, "residual": residual.clone()}
 
 
 def _rope_append_kv() -> Arguments:
@@ -169,7 +170,10 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
         "Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
         _paged_attention,
     ),
-    "rms_norm": ("(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm),
+    "rms_norm": (
+        "(Tensor x, Tensor weight, float eps, Tensor(a!)? residual=None) -> Tensor",
+        _rms_norm,
+    ),
     "rope_append_kv": (
         "(Tensor(a!) q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, Tensor slots, "
         "Tensor(b!) k_pool, Tensor(c!) v_pool, Tensor(d!)? k_scales=None, "
@@ -213,6 +217,7 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
 WRITTEN = {
     "append_kv": ("k_pool", "v_pool"),
     "copy_pages": ("k_pool", "v_pool"),
+    "rms_norm": ("residual",),
     "rope_append_kv": ("q", "k_pool", "v_pool"),
     "decoder_layers": ("k_pools", "v_pools", "output"),
 }

@@ -22,6 +22,7 @@ from tests.ops.cases import CASES
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_OPS = {
     "append_kv",
+    "argmax",
     "copy_pages",
     "paged_attention",
     "rms_norm",

@@ -43,9 +43,11 @@ def dequantized(vectors: Tensor) -> Tensor:
     return steps.double() * scales.double()[..., None]
 
 
-def empty_int8_pools(num_pages: int, page_size: int, head_dim: int) -> list[Tensor]:
+def empty_int8_pools(
+    num_pages: int, page_size: int, head_dim: int, device: torch.device
+) -> list[Tensor]:
     """k_pool, v_pool, k_scales, v_scales for three KV heads; every scale is NaN."""
-    pools = make_pools(num_pages, 3, page_size, head_dim)
+    pools = make_pools(num_pages, 3, page_size, head_dim, device=device)
     (k_pool, k_scales), (v_pool, v_scales) = map(quantized, pools)
     return [k_pool, v_pool, k_scales, v_scales]
 
@@ -83,42 +85,47 @@ def difficult_rows(count: int, head_dim: int) -> Tensor:
     return rows
 
 
-@pytest.mark.parametrize("head_dim", [4, 30, 64, 96])
-def test_append_writes_quantised_rows_and_their_scales(head_dim: int) -> None:
+@pytest.mark.parametrize("head_dim", [4, 30, 64, 96, 320])
+def test_append_writes_quantised_rows_and_their_scales(device: torch.device, head_dim: int) -> None:
     count, page_size = 40, 16
-    pools = empty_int8_pools(6, page_size, head_dim)
-    slots = random_slots(count, 6, page_size)
+    pools = empty_int8_pools(6, page_size, head_dim, device)
+    slots = random_slots(count, 6, page_size).to(device)
     slots[9::5] = -1
-    k, v = difficult_rows(count, head_dim), difficult_rows(count, head_dim).flip(0)
+    k = difficult_rows(count, head_dim).to(device)
+    v = difficult_rows(count, head_dim).flip(0).to(device)
     expected = expected_pools(pools, k, v, slots)
     ops.append_kv(k, v, slots, *pools)
     assert_all_same(pools, expected)
 
 
-@pytest.mark.parametrize("head_dim", [2, 30, 64, 256])
-def test_rope_append_quantises_the_rotated_key(head_dim: int) -> None:
+@pytest.mark.parametrize("head_dim", [2, 30, 64, 256, 528])
+def test_rope_append_quantises_the_rotated_key(device: torch.device, head_dim: int) -> None:
     count, page_size = 20, 8
-    pools = empty_int8_pools(6, page_size, head_dim)
-    slots = random_slots(count, 6, page_size)
+    pools = empty_int8_pools(6, page_size, head_dim, device)
+    slots = random_slots(count, 6, page_size).to(device)
     slots[3] = -1
-    q, k, v = torch.randn(count, 6, head_dim), *torch.randn(2, count, 3, head_dim)
-    positions = torch.randperm(64)[:count].int()
-    table = torch.from_numpy(elementwise.rope_table(64, head_dim)).float()
-    rotated, _ = make_pools(1, 3, count, head_dim)
-    ops.rope_append_kv(
-        q.clone(), k, v, positions, table, torch.arange(count), rotated, rotated.clone()
-    )
+    q = torch.randn(count, 6, head_dim, device=device)
+    k, v = torch.randn(2, count, 3, head_dim, device=device)
+    positions = torch.randperm(64)[:count].int().to(device)
+    table = torch.from_numpy(elementwise.rope_table(64, head_dim)).float().to(device)
+    rotated, _ = make_pools(1, 3, count, head_dim, device=device)
+    own_slots = torch.arange(count, device=device)
+    ops.rope_append_kv(q.clone(), k, v, positions, table, own_slots, rotated, rotated.clone())
     expected = expected_pools(pools, rotated[0].transpose(0, 1), v, slots)
     ops.rope_append_kv(q, k, v, positions, table, slots, *pools)
     assert_all_same(pools, expected)
 
 
 @pytest.mark.parametrize("num_layers", [None, 3])
-def test_copy_pages_copies_the_scales_too(num_layers: int | None) -> None:
-    shape = (5, 2, 8, 16) if num_layers is None else (num_layers, 5, 2, 8, 16)
-    (k_pool, k_scales), (v_pool, v_scales) = map(quantized, torch.randn(2, *shape))
+@pytest.mark.parametrize("page_shape", [(2, 8, 16), (3, 5, 7), (1, 16, 64)])
+def test_copy_pages_copies_the_scales_too(
+    device: torch.device, num_layers: int | None, page_shape: tuple[int, ...]
+) -> None:
+    shape = (5, *page_shape) if num_layers is None else (num_layers, 5, *page_shape)
+    pools = torch.randn(2, *shape, device=device)
+    (k_pool, k_scales), (v_pool, v_scales) = map(quantized, pools)
     tensors = [k_pool, v_pool, k_scales, v_scales]
-    copies = torch.tensor([[1, 2], [2, 4], [0, 0]], dtype=torch.int32)
+    copies = torch.tensor([[1, 2], [2, 4], [0, 0]], dtype=torch.int32, device=device)
     expected = [tensor.clone() for tensor in tensors]
     axis = 0 if num_layers is None else 1
     for tensor, before in zip(expected, tensors, strict=True):

@@ -69,6 +69,10 @@ def test_quantized_linear(
 def test_rms_norm(width: int, set_num_threads: SetThreads) -> None:
     x, weight = torch.randn(MOST, width), torch.randn(width)
     check_every_row_count(lambda rows: ops.rms_norm(x[rows], weight, 1e-5), set_num_threads)
+    before = torch.randn(MOST, width)
+    check_every_row_count(
+        lambda rows: ops.rms_norm(x[rows], weight, 1e-5, before[rows].clone()), set_num_threads
+    )
 
 
 @pytest.mark.parametrize("width", [17, 1536])

@@ -58,6 +58,36 @@ def test_rms_norm_strided_rows(device: torch.device) -> None:
     assert_same_bits(ops.rms_norm(heads, weight, 1e-5), expected)
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("width", [*WIDTHS, 2048, 8192, 8200])
+def test_rms_norm_of_the_sum_with_a_residual(device: torch.device, width: int) -> None:
+    x, before = torch.randn(2, 5, width, device=device)
+    weight = torch.randn(width, device=device)
+    residual = before.clone()
+    output = ops.rms_norm(x, weight, 1e-5, residual)
+    assert_same_bits(residual, before + x, "residual")
+    assert_same_bits(output, ops.rms_norm(residual, weight, 1e-5), "output")
+    reference = elementwise.rms_norm(to_numpy64(before) + to_numpy64(x), to_numpy64(weight), 1e-5)
+    plain = plain_torch.rms_norm(before + x, weight, 1e-5)
+    assert_close_to_reference(output, reference, plain, floor=5e-7)
+
+
+def test_rms_norm_residual_of_strided_rows(device: torch.device) -> None:
+    wide, before = torch.randn(2, 11, 3, 72, device=device)
+    weight = torch.randn(64, device=device)
+    x, before = wide[:, :2, 4:68], before[:, :2, :64].contiguous()
+    residual = before.clone()
+    output = ops.rms_norm(x, weight, 1e-5, residual)
+    assert_same_bits(residual, before + x)
+    assert_same_bits(output, ops.rms_norm(before + x, weight, 1e-5))
+    alone = before.clone()
+    for row in range(11):
+        one = ops.rms_norm(x[row], weight, 1e-5, alone[row])
+        assert_same_bits(one, output[row])
+    assert_same_bits(alone, residual)
+    assert ops.rms_norm(x[:0], weight, 1e-5, before[:0]).shape == (0, 2, 64)
+
+
 def test_rms_norm_of_zeros_is_zero(device: torch.device) -> None:
     x, weight = torch.zeros(3, 40, device=device), torch.randn(40, device=device)
     assert (ops.rms_norm(x, weight, 1e-5) == 0).all()

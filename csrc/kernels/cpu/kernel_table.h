@@ -19,7 +19,7 @@ struct KernelTable {
   void (*append_kv)(const AppendKvParams&, ParallelFor);
   // As append_kv; float32 activations; D even; positions within cos_sin, of skipped rows too.
   void (*rope_append_kv)(const RopeAppendKvParams&, ParallelFor);
-  // Float32 activations; a row has the same bits in any batch.
+  // Float32 activations and logits; a row has the same bits in any batch.
   void (*rms_norm)(const RmsNormParams&, ParallelFor);
   void (*silu_mul)(const SiluMulParams&, ParallelFor);
   void (*argmax)(const ArgmaxParams&, ParallelFor);

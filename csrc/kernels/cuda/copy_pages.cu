@@ -1,4 +1,4 @@
-// Copies whole pages of K and V within the pools.
+// Copies whole pages of K and V within the pools, and the scales of int8 pools with them.
 //
 // A thread owns one word position inside a page, of one layer of one pool, and walks all copies in
 // order: position w of a page only ever meets position w of other pages, so chained pairs such as
@@ -16,16 +16,24 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Two arrays [num_layers, P, page_bytes]: the pools, or their scales.
+struct PagePair {
+  void* first;
+  void* second;
+  int64_t page_bytes;
+};
+
 template <typename Word>
 __global__ void __launch_bounds__(kThreads)
-    copy_pages_kernel(const __grid_constant__ CopyPagesParams params, int64_t blocks_per_page) {
-  const int64_t page_words = params.page_bytes / static_cast<int64_t>(sizeof(Word));
+    copy_pages_kernel(const __grid_constant__ CopyPagesParams params, PagePair pages,
+                      int64_t blocks_per_page) {
+  const int64_t page_words = pages.page_bytes / static_cast<int64_t>(sizeof(Word));
   const int64_t word = blockIdx.x % blocks_per_page * kThreads + threadIdx.x;
   if (word >= page_words) return;
-  const int64_t pool_layer = blockIdx.x / blocks_per_page;
-  void* pool = pool_layer < params.num_layers ? params.k_pool : params.v_pool;
-  const int64_t layer = pool_layer % params.num_layers;
-  Word* words = static_cast<Word*>(pool) + layer * params.num_pages * page_words + word;
+  const int64_t array_layer = blockIdx.x / blocks_per_page;
+  void* array = array_layer < params.num_layers ? pages.first : pages.second;
+  const int64_t layer = array_layer % params.num_layers;
+  Word* words = static_cast<Word*>(array) + layer * params.num_pages * page_words + word;
   for (int64_t i = 0; i < params.num_copies; ++i) {
     const int64_t from = params.page_copies[2 * i];
     const int64_t to = params.page_copies[2 * i + 1];
@@ -34,32 +42,36 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Word>
-cudaError_t launch(const CopyPagesParams& params, cudaStream_t stream) {
-  const int64_t page_words = params.page_bytes / static_cast<int64_t>(sizeof(Word));
+cudaError_t launch_words(const CopyPagesParams& params, const PagePair& pages,
+                         cudaStream_t stream) {
+  const int64_t page_words = pages.page_bytes / static_cast<int64_t>(sizeof(Word));
   const int64_t blocks_per_page = ceil_div(page_words, kThreads);
   const int64_t num_blocks = 2 * params.num_layers * blocks_per_page;
   if (!fits_grid(num_blocks)) return cudaErrorInvalidValue;
-  return launch_kernel(copy_pages_kernel<Word>, {num_blocks, kThreads}, stream, params,
-                       blocks_per_page);
+  return launch_kernel(copy_pages_kernel<Word>, LaunchShape{num_blocks, kThreads}, stream, params,
+                       pages, blocks_per_page);
+}
+
+cudaError_t copy_pair(const CopyPagesParams& params, const PagePair& pages, cudaStream_t stream) {
+  if (pages.page_bytes == 0) return cudaSuccess;
+  if (pages.page_bytes % 16 == 0 && is_aligned(pages.first, 16) && is_aligned(pages.second, 16)) {
+    return launch_words<uint4>(params, pages, stream);
+  }
+  return launch_words<uint8_t>(params, pages, stream);  // odd shapes only
 }
 
 }  // namespace
 
 cudaError_t copy_pages(const CopyPagesParams& params, cudaStream_t stream) {
-  if (params.num_copies < 0 || params.num_layers < 0 || params.page_bytes < 0) {
+  if (params.num_copies < 0 || params.num_layers < 0 || params.page_bytes < 0 ||
+      params.scale_bytes < 0) {
     return cudaErrorInvalidValue;
   }
-  if (params.num_copies == 0 || params.num_layers == 0 || params.page_bytes == 0) {
-    return cudaSuccess;
-  }
-  const auto words_fit = [&](int64_t size) {
-    return params.page_bytes % size == 0 &&
-           is_aligned(params.k_pool, static_cast<uintptr_t>(size)) &&
-           is_aligned(params.v_pool, static_cast<uintptr_t>(size));
-  };
-  if (words_fit(sizeof(uint4))) return launch<uint4>(params, stream);
-  if (words_fit(sizeof(uint16_t))) return launch<uint16_t>(params, stream);
-  return cudaErrorMisalignedAddress;
+  if (params.num_copies == 0 || params.num_layers == 0) return cudaSuccess;
+  const cudaError_t status =
+      copy_pair(params, {params.k_pool, params.v_pool, params.page_bytes}, stream);
+  if (status != cudaSuccess) return status;
+  return copy_pair(params, {params.k_scales, params.v_scales, params.scale_bytes}, stream);
 }
 
 }  // namespace skv::cuda

@@ -48,6 +48,24 @@ inline bool is_aligned(const void* pointer, uintptr_t alignment) {
   return reinterpret_cast<uintptr_t>(pointer) % alignment == 0;
 }
 
+inline int64_t bytes_of(DType dtype) {
+  if (dtype == DType::kInt8) return 1;
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Whether every row begins at a multiple of 16 bytes. The stride, in elements, counts where there
+// is more than one row.
+inline bool rows_are_aligned(const void* base, DType dtype, int64_t stride, int64_t num_rows) {
+  return is_aligned(base, 16) && (num_rows <= 1 || stride * bytes_of(dtype) % 16 == 0);
+}
+
+// The least power of two of lanes, up to a warp, that walk `count` elements eight at a time.
+inline int lanes_for(int64_t count) {
+  int lanes = 1;
+  while (lanes < 32 && lanes * 8 < count) lanes *= 2;
+  return lanes;
+}
+
 inline bool fits_int32(int64_t value) {
   return value >= 0 && value <= std::numeric_limits<int32_t>::max();
 }

@@ -29,6 +29,10 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat
 template <typename T>
 __device__ __forceinline__ T from_float(float value);
 template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
 __device__ __forceinline__ __half from_float<__half>(float value) {
   return __float2half_rn(value);
 }
@@ -75,6 +79,18 @@ __device__ __forceinline__ void store_from_float(void* base, DType dtype, int64_
       break;
     default:
       static_cast<float*>(base)[index] = value;
+  }
+}
+
+// What an element of that dtype keeps of a value.
+__device__ __forceinline__ float rounded(float value, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return to_float(from_float<__half>(value));
+    case DType::kBFloat16:
+      return to_float(from_float<__nv_bfloat16>(value));
+    default:
+      return value;
   }
 }
 

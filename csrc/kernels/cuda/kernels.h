@@ -33,6 +33,7 @@ inline constexpr uintptr_t kPoolAlignment = 16;
 inline constexpr int64_t kMaxPositions = int64_t{1} << 30;
 
 cudaError_t append_kv(const AppendKvParams& params, cudaStream_t stream);
+cudaError_t argmax(const ArgmaxParams& params, cudaStream_t stream);
 cudaError_t copy_pages(const CopyPagesParams& params, cudaStream_t stream);
 cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
 cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);

@@ -57,7 +57,7 @@ void argmax(const ArgmaxParams& params, ParallelFor parallel_for) {
   const int64_t grain = 1 + kValuesPerThread / params.vocab_size;
   parallel_for(params.num_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const float* row = params.logits + r * params.row_stride;
+      const float* row = static_cast<const float*>(params.logits) + r * params.row_stride;
       params.values[r] = largest_value(row, params.vocab_size);
       params.ids[r] = first_index(row, params.vocab_size, params.values[r]);
     }

@@ -1,5 +1,6 @@
-// y = x * weight / sqrt(mean(x^2) + epsilon), row by row. The order of the sum depends on the row
-// length only, so a row has the same bits in any batch.
+// y = x * weight / sqrt(mean(x^2) + epsilon), row by row; with a residual that is added to first
+// and normalised in the place of x. The order of the sum depends on the row length only, so a row
+// has the same bits in any batch.
 #include <algorithm>
 
 #include "csrc/kernels/cpu/isa/kernels.h"
@@ -11,6 +12,14 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 1 << 15;
 
+SKV_INLINE void add_to(float* sum, const float* x, int64_t count) {
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= count; i += Vec::kWidth) {
+    (Vec::load(sum + i) + Vec::load(x + i)).store(sum + i);
+  }
+  for (; i < count; ++i) sum[i] += x[i];
+}
+
 }  // namespace
 
 void rms_norm(const RmsNormParams& params, ParallelFor parallel_for) {
@@ -21,6 +30,11 @@ void rms_norm(const RmsNormParams& params, ParallelFor parallel_for) {
       const float* x = static_cast<const float*>(params.input) +
                        row / params.inner_rows * params.outer_stride +
                        row % params.inner_rows * params.inner_stride;
+      if (params.residual != nullptr) {
+        float* sum = static_cast<float*>(params.residual) + row * count;
+        add_to(sum, x, count);
+        x = sum;
+      }
       normalise_row(x, params.weight, params.epsilon,
                     static_cast<float*>(params.output) + row * count, count);
     }
