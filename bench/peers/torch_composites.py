@@ -68,3 +68,56 @@ def verify_draft(
     target = target_ids.view(num_sequences, num_draft + 1)
     accepted = (draft == target[:, :-1]).long().cumprod(dim=1).sum(dim=1)
     return accepted, target.gather(1, accepted[:, None])[:, 0]
+
+
+def fill_rows(
+    history: Tensor,
+    lengths: Tensor,
+    num_left: Tensor,
+    kv_limits: Tensor,
+    draft_ids: Tensor,
+    num_draft: Tensor,
+    page_table: Tensor,
+    page_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, slots and row offsets of `ops.fill_rows`, by whole-tensor operations."""
+    room = kv_limits - lengths
+    num_rows = 1 + torch.minimum(num_draft, torch.minimum(num_left - 1, room))
+    num_rows = torch.where((num_left > 0) & (room >= 0), num_rows, 0)
+    places = torch.arange(draft_ids.shape[1] + 1)
+    is_row = places < num_rows[:, None]
+    positions = (lengths[:, None] - 1 + places).clamp(0, history.shape[1] - 1).long()
+    pending = history.gather(1, positions[:, :1])
+    page_index = (positions // page_size).clamp(max=page_table.shape[1] - 1)
+    slots = page_table.gather(1, page_index) * page_size + positions % page_size
+    token_ids = torch.zeros(is_row.numel(), dtype=torch.int64)
+    packed_slots = torch.full((is_row.numel(),), -1)
+    tokens = torch.cat([pending, draft_ids], dim=1)[is_row]
+    token_ids[: len(tokens)] = tokens.long()
+    packed_slots[: len(tokens)] = slots[is_row]
+    return token_ids, packed_slots, torch.cumsum(num_rows, 0)
+
+
+def advance_sequences(
+    token_ids: Tensor,
+    target_ids: Tensor,
+    stop_ids: Tensor,
+    history: Tensor,
+    lengths: Tensor,
+    num_left: Tensor,
+) -> None:
+    """`ops.advance_sequences` where all S sequences have the same number of rows, all finite."""
+    num_sequences = lengths.shape[0]
+    fed, targets = token_ids.view(num_sequences, -1), target_ids.view(num_sequences, -1)
+    num_rows = fed.shape[1]
+    is_stop = (targets[:, :, None] == stop_ids[:, None, :]).any(2)
+    goes_on = (targets[:, :-1] == fed[:, 1:]) & ~is_stop[:, :-1]
+    run = torch.cumprod(goes_on.int(), dim=1).sum(1) + 1
+    taken = torch.minimum(run, num_left)
+    places = torch.arange(num_rows)
+    columns = (lengths[:, None] + places).long()
+    kept = torch.where(places < taken[:, None], targets, history.gather(1, columns))
+    history.scatter_(1, columns, kept.int())
+    was_stopped = is_stop.gather(1, taken[:, None].long() - 1).squeeze(1)
+    num_left.copy_(torch.where(was_stopped, 0, num_left - taken))
+    lengths.add_(taken)

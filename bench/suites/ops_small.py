@@ -297,6 +297,65 @@ def _verify_draft(num_sequences: int, _settings: Settings) -> Trial:
     )
 
 
+LOOP_PAGE, LOOP_CAPACITY = 64, 4096
+
+
+def _loop_state(num_sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+    """History, lengths and num_left of sequences in the middle of their replies."""
+    history = torch.randint(0, 1000, (num_sequences, LOOP_CAPACITY), dtype=torch.int32)
+    lengths = torch.randint(100, LOOP_CAPACITY - 64, (num_sequences,), dtype=torch.int32)
+    return history, lengths, torch.full((num_sequences,), 100, dtype=torch.int32)
+
+
+def _fill_rows(num_sequences: int, _settings: Settings) -> Trial:
+    history, lengths, num_left = _loop_state(num_sequences)
+    draft = torch.randint(0, 1000, (num_sequences, texts.DRAFT), dtype=torch.int32)
+    num_draft = torch.randint(0, texts.DRAFT + 1, (num_sequences,), dtype=torch.int32)
+    pages = torch.arange(num_sequences * LOOP_CAPACITY // LOOP_PAGE, dtype=torch.int32)
+    limits = torch.full_like(lengths, LOOP_CAPACITY)
+    table = pages.view(num_sequences, -1)
+    arguments = (history, lengths, num_left, limits, draft, num_draft, table, LOOP_PAGE)
+
+    def check(_peer: str) -> harness.Check:
+        rows = ops.fill_rows(*arguments)
+        ours = rows.token_ids, rows.slots, rows.query_offsets[1:]
+        return harness.compare(ours, torch_composites.fill_rows(*arguments), 0.0)
+
+    return Trial(
+        ours=lambda _: ops.fill_rows(*arguments),
+        peers={"torch": lambda _: torch_composites.fill_rows(*arguments)},
+        check=check,
+        work=Work(32 * num_sequences * (texts.DRAFT + 1)),
+    )
+
+
+def _advance_sequences(num_sequences: int, _settings: Settings) -> Trial:
+    num_rows = num_sequences * (texts.DRAFT + 1)
+    fed, targets = torch.randint(0, 3, (2, num_rows))
+    values, stop_ids = torch.randn(num_rows), torch.full((num_sequences, 4), 2, dtype=torch.int32)
+    offsets = torch.arange(num_sequences + 1, dtype=torch.int32) * (texts.DRAFT + 1)
+    counts = torch.zeros(num_sequences, 3, dtype=torch.int32)
+    history, begin, most = _loop_state(num_sequences)
+
+    def ours(_: int) -> tuple[Tensor, Tensor, Tensor]:
+        state = history, begin.clone(), most.clone()  # else they would soon be at their end
+        ops.advance_sequences(fed, targets, values, offsets, stop_ids, *state, counts)
+        return state
+
+    def peer(_: int) -> tuple[Tensor, Tensor, Tensor]:
+        state = history, begin.clone(), most.clone()
+        torch_composites.advance_sequences(fed, targets, stop_ids, *state)
+        return state
+
+    def check(_peer: str) -> harness.Check:
+        expected = tuple(one.clone() for one in peer(0))
+        return harness.compare(ours(0), expected, 0.0)
+
+    return Trial(
+        ours=ours, peers={"torch": peer}, check=check, work=Work(20 * num_rows + 16 * num_sequences)
+    )
+
+
 def cases(settings: Settings) -> Iterator[Case]:
     """Rows of a decode, a verify and a prefill chunk for each op."""
     rows = (1, 8) if settings.smoke else (1, 8, 512)
@@ -320,3 +379,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield Case("ngram_lookup", {"T": length}, partial(_ngram_lookup, length))
     for num_sequences in (1, 32):
         yield Case("verify_draft", {"S": num_sequences}, partial(_verify_draft, num_sequences))
+        yield Case("fill_rows", {"S": num_sequences}, partial(_fill_rows, num_sequences))
+        yield Case(
+            "advance_sequences", {"S": num_sequences}, partial(_advance_sequences, num_sequences)
+        )

@@ -23,7 +23,7 @@ at::Tensor paged_attention_cpu(const at::Tensor& q, const at::Tensor& k_pool,
   const KvLayout layout = check_pools(check, k_pool, v_pool);
   check_attention_head_dim(check, layout);
   check_paged_attention(check, args, layout, {at::kFloat});
-  check_offset_values(check, "query_offsets", query_offsets, q.size(0));
+  check_row_offsets(check, "query_offsets", query_offsets, q.size(0));
   check_sequences(check, page_table, seq_lens, query_offsets, layout);
   const at::Tensor output = empty_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type(), q);
   cpu::kernels().paged_attention(params_of(args, layout, output), torch_parallel_for);

@@ -112,9 +112,10 @@ inline void check_slot_values(const OpCheck& check, const at::Tensor& slots,
   }
 }
 
-// Host memory only. offsets: int32[S + 1] from 0, ascending, up to `total`.
-inline void check_offset_values(const OpCheck& check, const char* name, const at::Tensor& offsets,
-                                int64_t total) {
+// Host memory only. offsets: int32[S + 1] from 0, ascending, to at most `num_rows`: the rows behind
+// the last one belong to no sequence.
+inline void check_row_offsets(const OpCheck& check, const char* name, const at::Tensor& offsets,
+                              int64_t num_rows) {
   const int32_t* values = offsets.const_data_ptr<int32_t>();
   const int64_t last = offsets.numel() - 1;
   TORCH_CHECK_VALUE(values[0] == 0, check.op(), ": ", name, ": expected offsets that start at 0, ",
@@ -124,9 +125,18 @@ inline void check_offset_values(const OpCheck& check, const char* name, const at
                       ": expected ascending offsets, got ", values[i], " before ", values[i + 1],
                       " at index ", i);
   }
-  TORCH_CHECK_VALUE(values[last] == total, check.op(), ": ", name,
-                    ": expected offsets that end at the number of rows = ", total, ", got ",
+  TORCH_CHECK_VALUE(values[last] <= num_rows, check.op(), ": ", name,
+                    ": expected offsets up to the number of rows = ", num_rows, ", got ",
                     values[last]);
+}
+
+// The same, up to exactly `total`.
+inline void check_offset_values(const OpCheck& check, const char* name, const at::Tensor& offsets,
+                                int64_t total) {
+  check_row_offsets(check, name, offsets, total);
+  const int32_t last = offsets.const_data_ptr<int32_t>()[offsets.numel() - 1];
+  TORCH_CHECK_VALUE(last == total, check.op(), ": ", name,
+                    ": expected offsets that end at the number of rows = ", total, ", got ", last);
 }
 
 // int32[S + 1] with at least one element, contiguous; returns S.

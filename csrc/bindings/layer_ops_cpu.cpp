@@ -371,7 +371,7 @@ void decoder_layers_cpu(const at::Tensor& x, const c10::List<OptionalTensor>& we
                                      seq_lens, query_offsets, scale,  sliding_window,
                                      0.0,      k_scale,       v_scale};
   check_paged_attention(check, attention, layout, {at::kFloat});
-  check_offset_values(check, "query_offsets", query_offsets, x.size(0));
+  check_row_offsets(check, "query_offsets", query_offsets, x.size(0));
   check_sequences(check, page_table, seq_lens, query_offsets, layout);
 
   const int64_t pool_layer_bytes = k_pools.stride(0) * static_cast<int64_t>(k_pools.element_size());

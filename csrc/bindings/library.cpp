@@ -46,11 +46,22 @@ TORCH_LIBRARY(stateful_kv, m) {
       tags);
   m.def("argmax(Tensor logits) -> (Tensor ids, Tensor values)", tags);
   m.def(
-      "ngram_lookup(Tensor tokens, Tensor offsets, int min_n, int max_n, int max_draft) -> "
-      "(Tensor draft_ids, Tensor num_draft)",
+      "ngram_lookup(Tensor tokens, Tensor offsets, int min_n, int max_n, int max_draft, "
+      "Tensor? lengths=None) -> (Tensor draft_ids, Tensor num_draft)",
       tags);
   m.def(
       "verify_draft(Tensor draft_ids, Tensor target_ids, Tensor draft_offsets) -> "
       "(Tensor num_accepted, Tensor bonus_ids)",
+      tags);
+  m.def(
+      "fill_rows(Tensor history, Tensor lengths, Tensor num_left, Tensor kv_limits, "
+      "Tensor draft_ids, Tensor num_draft, Tensor page_table, int page_size) -> "
+      "(Tensor token_ids, Tensor positions, Tensor slots, Tensor seq_lens, Tensor query_offsets, "
+      "Tensor row_sequences)",
+      tags);
+  m.def(
+      "advance_sequences(Tensor token_ids, Tensor target_ids, Tensor target_values, "
+      "Tensor query_offsets, Tensor stop_ids, Tensor(a!) history, Tensor(b!) lengths, "
+      "Tensor(c!) num_left, Tensor(d!) counts) -> ()",
       tags);
 }

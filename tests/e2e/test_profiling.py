@@ -324,4 +324,4 @@ def test_ops_of_a_step_have_a_group() -> None:
         if kernel_group(f"stateful_kv::{name}") == OTHER
         if f"stateful_kv::{name}" not in CONTAINERS
     }
-    assert without == {"copy_pages", "ngram_lookup"}
+    assert without == {"copy_pages"}

@@ -142,7 +142,9 @@ def _argmax() -> Arguments:
 def _ngram_lookup() -> Arguments:
     tokens = torch.tensor([1, 2, 3, 1, 2, 9, 9, 9], dtype=torch.int32)
     borders = offsets([5, 0, 3])
-    return {"tokens": tokens, "offsets": borders, "min_n": 1, "max_n": 4, "max_draft": 3}
+    limits = {"min_n": 1, "max_n": 4, "max_draft": 3}
+    lengths = torch.tensor([4, 0, 3], dtype=torch.int32)
+    return {"tokens": tokens, "offsets": borders, **limits, "lengths": lengths}
 
 
 def _verify_draft() -> Arguments:
@@ -150,6 +152,39 @@ def _verify_draft() -> Arguments:
         "draft_ids": torch.tensor([1, 2, 3]),
         "target_ids": torch.tensor([1, 5, 7, 8, 3]),
         "draft_offsets": offsets([2, 1]),
+    }
+
+
+def _int32(*values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _fill_rows() -> Arguments:
+    """Sequences with a draft, without one, finished, and without room."""
+    return {
+        "history": torch.randint(0, 50, (4, 20), dtype=torch.int32),
+        "lengths": _int32(5, 9, 6, 18),
+        "num_left": _int32(3, 9, 0, 4),
+        "kv_limits": _int32(16, 16, 16, 17),
+        "draft_ids": torch.randint(0, 50, (4, 3), dtype=torch.int32),
+        "num_draft": _int32(3, 0, 2, 1),
+        "page_table": _int32([3, 1], [4, 2], [0, 5], [6, 7]),
+        "page_size": 16,
+    }
+
+
+def _advance_sequences() -> Arguments:
+    """Rows of two of three sequences, and one of padding."""
+    return {
+        "token_ids": torch.tensor([1, 2, 3, 4, 0]),
+        "target_ids": torch.tensor([2, 3, 7, 9, 0]),
+        "target_values": torch.randn(5),
+        "query_offsets": offsets([3, 0, 1]),
+        "stop_ids": _int32([7, -1], [7, -1], [5, 9]),
+        "history": torch.randint(0, 50, (3, 8), dtype=torch.int32),
+        "lengths": _int32(3, 4, 5),
+        "num_left": _int32(4, 0, 2),
+        "counts": torch.zeros(3, 3, dtype=torch.int32),
     }
 
 
@@ -203,14 +238,27 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
     ),
     "argmax": ("(Tensor logits) -> (Tensor ids, Tensor values)", _argmax),
     "ngram_lookup": (
-        "(Tensor tokens, Tensor offsets, int min_n, int max_n, int max_draft) -> "
-        "(Tensor draft_ids, Tensor num_draft)",
+        "(Tensor tokens, Tensor offsets, int min_n, int max_n, int max_draft, "
+        "Tensor? lengths=None) -> (Tensor draft_ids, Tensor num_draft)",
         _ngram_lookup,
     ),
     "verify_draft": (
         "(Tensor draft_ids, Tensor target_ids, Tensor draft_offsets) -> "
         "(Tensor num_accepted, Tensor bonus_ids)",
         _verify_draft,
+    ),
+    "fill_rows": (
+        "(Tensor history, Tensor lengths, Tensor num_left, Tensor kv_limits, Tensor draft_ids, "
+        "Tensor num_draft, Tensor page_table, int page_size) -> (Tensor token_ids, "
+        "Tensor positions, Tensor slots, Tensor seq_lens, Tensor query_offsets, "
+        "Tensor row_sequences)",
+        _fill_rows,
+    ),
+    "advance_sequences": (
+        "(Tensor token_ids, Tensor target_ids, Tensor target_values, Tensor query_offsets, "
+        "Tensor stop_ids, Tensor(a!) history, Tensor(b!) lengths, Tensor(c!) num_left, "
+        "Tensor(d!) counts) -> ()",
+        _advance_sequences,
     ),
 }
 
@@ -220,6 +268,7 @@ WRITTEN = {
     "rms_norm": ("residual",),
     "rope_append_kv": ("q", "k_pool", "v_pool"),
     "decoder_layers": ("k_pools", "v_pools", "output"),
+    "advance_sequences": ("history", "lengths", "num_left", "counts"),
 }
 
 

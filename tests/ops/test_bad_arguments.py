@@ -105,6 +105,15 @@ OFFSETS: dict[str, Change] = {
     "huge end": set_value(-1, HUGE),
 }
 
+ROW_OFFSETS = {label: change for label, change in OFFSETS.items() if label != "end"}
+LENGTHS: dict[str, Change] = {
+    "dtype": dtype(I64),
+    "rank": deeper,
+    "stride": spread,
+    "size": resize(0, 1),
+}
+MATRIX: dict[str, Change] = {"dtype": dtype(I64), "rank": flatter, "stride": spread}
+
 LINEAR: dict[str, dict[str, Change]] = {
     "x": {"dtype": dtype(F64), "rank": flatter, "stride": spread},
     "weight": {
@@ -194,7 +203,7 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
             "beyond the table": set_value(2, 81),
             "huge": set_value(2, HUGE),
         },
-        "query_offsets": OFFSETS,
+        "query_offsets": ROW_OFFSETS,
         "scale": {"nan": to(float("nan")), "inf": to(float("inf"))},
         "sliding_window": {"negative": to(-1)},
         "soft_cap": {"negative": to(-1.0), "nan": to(float("nan"))},
@@ -321,7 +330,7 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
             "below the new rows": set_value(0, 1),
             "past the pages": set_value(1, 33),
         },
-        "query_offsets": OFFSETS,
+        "query_offsets": ROW_OFFSETS,
         "logit_rows": {
             "dtype": dtype(I32),
             "rank": deeper,
@@ -364,6 +373,7 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
         "min_n": {"zero": to(0), "negative": to(-5)},
         "max_n": {"below min_n": to(0)},
         "max_draft": {"negative": to(-1)},
+        "lengths": LENGTHS | {"too long": set_value(0, 6), "negative": set_value(1, -1)},
     },
     "verify_draft": {
         "draft_ids": {"dtype": dtype(torch.float32), "rank": deeper, "stride": spread},
@@ -374,6 +384,39 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
             "size": resize(0, -1),
         },
         "draft_offsets": OFFSETS,
+    },
+    "fill_rows": {
+        "history": MATRIX | {"negative": set_value((0, 4), -1)},
+        "lengths": LENGTHS | {"empty": set_value(1, 0), "past L": set_value(0, 21)},
+        "num_left": LENGTHS,
+        "kv_limits": LENGTHS | {"past M": set_value(0, 33), "huge": set_value(1, HUGE)},
+        "draft_ids": MATRIX | {"sequences": resize(0, 1), "negative": set_value((0, 1), -1)},
+        "num_draft": LENGTHS | {"past K": set_value(0, 4), "negative": set_value(0, -1)},
+        "page_table": MATRIX | {"sequences": resize(0, 1), "negative": set_value((0, 0), -1)},
+        "page_size": {"zero": to(0), "negative": to(-16)},
+    },
+    "advance_sequences": {
+        "token_ids": {"dtype": dtype(I32), "rank": deeper, "stride": spread},
+        "target_ids": {
+            "dtype": dtype(I32),
+            "rank": deeper,
+            "stride": spread,
+            "size": resize(0, 1),
+            "negative": set_value(1, -1),
+            "too large": set_value(2, 2**31),
+        },
+        "target_values": {
+            "dtype": dtype(F64),
+            "rank": deeper,
+            "stride": spread,
+            "size": resize(0, -1),
+        },
+        "query_offsets": ROW_OFFSETS,
+        "stop_ids": MATRIX | {"sequences": resize(0, 1)},
+        "history": MATRIX | {"sequences": resize(0, 1)},
+        "lengths": LENGTHS | {"negative": set_value(0, -1), "no room": set_value(0, 6)},
+        "num_left": LENGTHS | {"zero": set_value(0, 0), "negative": set_value(2, -1)},
+        "counts": MATRIX | {"columns": resize(1, 1), "sequences": resize(0, 1)},
     },
 }
 

@@ -21,13 +21,17 @@ from tests.ops.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_OPS = {
+    "advance_sequences",
     "append_kv",
     "argmax",
     "copy_pages",
+    "fill_rows",
+    "ngram_lookup",
     "paged_attention",
     "rms_norm",
     "rope_append_kv",
     "silu_mul",
+    "verify_draft",
 }
 
 

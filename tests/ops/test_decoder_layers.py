@@ -180,3 +180,26 @@ def test_a_model_with_mixed_formats_runs_op_by_op() -> None:
         make_batch(*BATCHES["verify"]), Pools(torch.float32)
     )
     assert logits.shape == (6, CONFIG.vocab_size)
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "fp32"])
+def test_rows_of_no_sequence_change_nothing(weight_format: str) -> None:
+    """The padding of `fill_rows`: the other rows and the pools keep their bits."""
+    model, batch, pools = (
+        make_model(weight_format),
+        make_batch(*BATCHES["verify"]),
+        Pools(torch.int8),
+    )
+    padded = replace(
+        batch,
+        token_ids=torch.cat([batch.token_ids, torch.zeros(3, dtype=torch.int64)]),
+        positions=torch.cat([batch.positions, torch.zeros(3, dtype=torch.int32)]),
+        slots=torch.cat([batch.slots, torch.full((3,), -1)]),
+        logit_rows=torch.arange(9),
+    )
+    expected, *expected_pools = both_ways(model, batch, pools)[0]
+    for output, *changed_pools in both_ways(model, padded, pools):
+        assert_same_bits(output[:6], expected)
+        assert output.isfinite().all()
+        for one, other in zip(changed_pools, expected_pools, strict=True):
+            assert_same_bits(one, other)

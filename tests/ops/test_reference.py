@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -165,3 +166,31 @@ def test_verify_draft_examples() -> None:
     assert tokens.verify_draft([1, 2], [1, 2, 3]) == (2, 3)
     assert tokens.verify_draft([1, 2], [1, 5, 3]) == (1, 5)
     assert tokens.verify_draft([4, 2], [1, 2, 3]) == (0, 1)
+
+
+def test_fill_rows_examples() -> None:
+    begun = tokens.LoopState([5, 6, 7], 9, 99, [4, 2], [], [0, 0, 0])
+    short = tokens.LoopState([5], 2, 99, [3, 1], [], [0, 0, 0])
+    full = tokens.LoopState([5, 6], 9, 1, [8], [], [0, 0, 0])
+    ended = tokens.LoopState([5, 6], 0, 99, [8], [], [0, 0, 0])
+    rows = tokens.fill_rows([begun, short, full, ended], [[8, 9], [1, 2, 3], [1], [1]], page=4)
+    assert rows == [(0, 7, 2, 18), (0, 8, 3, 19), (0, 9, 4, 8), (1, 5, 0, 12), (1, 1, 1, 13)]
+
+
+@pytest.mark.parametrize(
+    ("num_left", "stops", "values", "expected"),
+    [
+        (9, [], [0, 0, 0], ([1, 2, 3, 7], 6, [1, 2, 2])),
+        (2, [], [0, 0, 0], ([1, 2, 3], 0, [1, 2, 2])),
+        (9, [2], [0, 0, 0], ([1, 2], 0, [1, 2, 1])),
+        (3, [7], [0, 0, 0], ([1, 2, 3, 7], 0, [1, 2, 2])),
+        (9, [], [0, math.nan, 0], ([1, 2], -1, [1, 2, 1])),
+        (9, [2], [0, math.nan, 0], ([1, 2], 0, [1, 2, 1])),
+    ],
+)
+def test_advance_examples(
+    num_left: int, stops: list[int], values: list[float], expected: tuple[list[int], int, list[int]]
+) -> None:
+    state = tokens.LoopState([1], num_left, 99, [], stops, [0, 0, 0])
+    tokens.advance_sequence(state, [1, 2, 3], [2, 3, 7], values)
+    assert (state.history, state.num_left, state.counts) == expected

@@ -38,7 +38,8 @@ Occurrence find_occurrence(const Token* text, int64_t length, int64_t min_match,
 template <typename Token>
 void look_up(const NgramLookupParams& params, int64_t sequence) {
   const int64_t start = params.offsets[sequence];
-  const int64_t length = params.offsets[sequence + 1] - start;
+  const int64_t length =
+      params.lengths != nullptr ? params.lengths[sequence] : params.offsets[sequence + 1] - start;
   const Token* text = static_cast<const Token*>(params.tokens) + start;
   int32_t* draft = params.draft_ids + sequence * params.max_draft;
 

@@ -11,7 +11,8 @@ namespace skv::cpu {
 // behind that occurrence, at most max_draft tokens. If the occurrence overlaps the suffix, the text
 // is periodic and the draft goes on periodically; else it stops where the text ends. The same rule
 // as NgramIndex::propose. O(tokens of the sequence * max_match), about O(tokens) in ordinary text.
-// Preconditions: offsets ascend within [0, T]; 1 <= min_match <= max_match; tokens fit int32.
+// Preconditions: offsets ascend within [0, T]; 0 <= lengths[s] <= offsets[s+1] - offsets[s];
+// 1 <= min_match <= max_match; tokens fit int32.
 void ngram_lookup(const NgramLookupParams& params, ParallelFor parallel_for);
 
 }  // namespace skv::cpu

@@ -32,12 +32,19 @@ inline constexpr uintptr_t kPoolAlignment = 16;
 // paged_attention counts positions in int32, with room to step past the last one.
 inline constexpr int64_t kMaxPositions = int64_t{1} << 30;
 
+// Sequences that one call of fill_rows may have.
+inline constexpr int64_t kMaxSequences = 1024;
+
+cudaError_t advance_sequences(const AdvanceSequencesParams& params, cudaStream_t stream);
 cudaError_t append_kv(const AppendKvParams& params, cudaStream_t stream);
 cudaError_t argmax(const ArgmaxParams& params, cudaStream_t stream);
 cudaError_t copy_pages(const CopyPagesParams& params, cudaStream_t stream);
+cudaError_t fill_rows(const FillRowsParams& params, cudaStream_t stream);
+cudaError_t ngram_lookup(const NgramLookupParams& params, cudaStream_t stream);
 cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
 cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);
 cudaError_t rope_append_kv(const RopeAppendKvParams& params, cudaStream_t stream);
 cudaError_t silu_mul(const SiluMulParams& params, cudaStream_t stream);
+cudaError_t verify_draft(const VerifyDraftParams& params, cudaStream_t stream);
 
 }  // namespace skv::cuda

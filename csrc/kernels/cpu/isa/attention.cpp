@@ -124,9 +124,18 @@ bool run_split(const PagedAttentionParams& p, const TileList& tiles, ParallelFor
   return true;
 }
 
+// Rows behind those of the last sequence belong to none: they are defined as zero.
+void clear_unowned_rows(const PagedAttentionParams& p) {
+  const int64_t first = p.num_sequences > 0 ? p.query_offsets[p.num_sequences] : 0;
+  const int64_t row_floats = p.num_heads * p.layout.head_dim;
+  auto* output = static_cast<float*>(p.output);
+  std::fill(output + first * row_floats, output + p.num_rows * row_floats, 0.0f);
+}
+
 }  // namespace
 
 void paged_attention(const PagedAttentionParams& p, ParallelFor parallel_for) {
+  clear_unowned_rows(p);
   const TileList tiles(p);
   if (tiles.size() == 0) return;
   int64_t longest = 0;

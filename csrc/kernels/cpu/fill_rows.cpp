@@ -1,0 +1,47 @@
+#include "csrc/kernels/cpu/fill_rows.h"
+
+#include <algorithm>
+
+namespace skv::cpu {
+
+namespace {
+
+int32_t num_rows_of(const FillRowsParams& params, int64_t sequence) {
+  const int32_t num_left = params.num_left[sequence];
+  const int32_t room = params.kv_limits[sequence] - params.lengths[sequence];
+  if (num_left <= 0 || room < 0) return 0;
+  return 1 + std::min({params.num_draft[sequence], num_left - 1, room});
+}
+
+void write_row(const FillRowsParams& params, int64_t sequence, int64_t index, int64_t row) {
+  const int64_t length = params.lengths[sequence];
+  const int64_t position = length - 1 + index;
+  const int32_t* pages = params.page_table + sequence * params.max_pages;
+  const int32_t token = index == 0 ? params.history[sequence * params.capacity + length - 1]
+                                   : params.draft_ids[sequence * params.max_draft + index - 1];
+  params.token_ids[row] = token;
+  params.positions[row] = static_cast<int32_t>(position);
+  params.slots[row] =
+      pages[position / params.page_size] * params.page_size + position % params.page_size;
+  params.row_sequences[row] = sequence;
+}
+
+}  // namespace
+
+void fill_rows(const FillRowsParams& params) {
+  int64_t row = 0;
+  params.query_offsets[0] = 0;
+  for (int64_t sequence = 0; sequence < params.num_sequences; ++sequence) {
+    const int32_t num_rows = num_rows_of(params, sequence);
+    for (int64_t i = 0; i < num_rows; ++i) write_row(params, sequence, i, row++);
+    params.seq_lens[sequence] = num_rows == 0 ? 0 : params.lengths[sequence] - 1 + num_rows;
+    params.query_offsets[sequence + 1] = static_cast<int32_t>(row);
+  }
+  const int64_t total = params.num_sequences * (params.max_draft + 1);
+  std::fill(params.token_ids + row, params.token_ids + total, 0);
+  std::fill(params.positions + row, params.positions + total, 0);
+  std::fill(params.slots + row, params.slots + total, -1);
+  std::fill(params.row_sequences + row, params.row_sequences + total, 0);
+}
+
+}  // namespace skv::cpu
