@@ -1,4 +1,4 @@
-"""`python -m bench run SUITE...` measures, `python -m bench report FILE.json...` shows."""
+"""`python -m bench run SUITE...` measures; `report` and `targets FILE.json...` show."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import harness, report
+from bench import device, harness, report, targets
+from bench.document import document as make_document
 
-SUITES = ("ops", "state", "cpu_linear", "cpu_attention", "cpu_model", "workflow", "quality")
+SUITES = (*device.CPU_SUITES, *device.GPU_SUITES)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,7 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run suites and write one JSON file")
     run.add_argument("suites", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES))
     run.add_argument("--smoke", action="store_true", help="tiny and quick: shows that it runs")
-    run.add_argument("--device", default="cpu", choices=("cpu",))
+    run.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: the one that the suites are made for"
+    )
     run.add_argument(
         "--peer",
         help="compare with this peer only (or A,B,...); all: with every peer",
@@ -32,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=_positive, help="CPU threads")
     run.add_argument("--quiet-machine", action="store_true", help="refuse to run on a busy machine")
     run.add_argument("--out", type=Path, metavar="FILE.json")
+    asked = commands.add_parser("targets", help="what the project asks of results, and whether met")
+    asked.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     show = commands.add_parser("report", help="write a Markdown table and an SVG plot")
     show.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     show.add_argument("--out", type=Path, help="path of the outputs without suffix")
@@ -65,28 +70,45 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             return 2
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    settings = harness.Settings(args.smoke, args.device, args.peer, args.pairs, only=args.only)
-    document = harness.document(args.suites, settings, argv)
+    where = device.choose(args.suites, args.device, args.smoke)
+    settings = harness.Settings(args.smoke, where, args.peer, args.pairs, only=args.only)
+    document = make_document(args.suites, settings, argv)
     if document["busy_at_start"]:
         load = document["machine"]["load_average"][0]
         print(f"bench: load average {load}: timings are doubtful", file=sys.stderr)
         if args.quiet_machine:
             return 3
-
-    def emit(result: dict[str, Any]) -> None:
-        document["skipped" if "skipped" in result else "results"].append(result)
-        print(report.line(result), flush=True)
-
-    for suite in args.suites:
-        module = importlib.import_module(f"bench.suites.{suite}")
-        module.run(settings, document["roofs"], emit)
-    document["load_average_at_end"] = [round(value, 2) for value in os.getloadavg()]
-    if not document["results"] and not document["skipped"]:
+    try:
+        _run_suites(args.suites, settings, document)
+    except (harness.CheckFailedError, harness.PeerFailedError):
+        raise
+    except BaseException as error:
+        # A run that is cut short keeps what it has, and says so.
+        document["ended_early"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise
+    finally:
+        document["load_average_at_end"] = [round(value, 2) for value in os.getloadavg()]
+        failed = isinstance(sys.exc_info()[1], harness.CheckFailedError | harness.PeerFailedError)
+        has_any = document["results"] or document["skipped"] or document.get("failed")
+        if args.out is not None and has_any and not failed:
+            args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if not has_any:
         print("bench: no case matches --only and --peer", file=sys.stderr)
         return 2
-    if args.out is not None:
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return 1 if document.get("failed") else 0
+
+
+def _run_suites(suites: list[str], settings: harness.Settings, document: dict[str, Any]) -> None:
+    """Adds results, and what was skipped or failed, to the document as they come."""
+
+    def emit(result: dict[str, Any]) -> None:
+        kind = next((kind for kind in ("skipped", "failed") if kind in result), "results")
+        document.setdefault(kind, []).append(result)
+        print(report.line(result), flush=True)
+
+    for suite in suites:
+        module = importlib.import_module(f"bench.suites.{suite}")
+        module.run(settings, document["roofs"], emit)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,7 +116,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     try:
-        return _run(args, argv) if args.command == "run" else report.main(args.files, args.out)
+        if args.command == "run":
+            return _run(args, argv)
+        if args.command == "targets":
+            return targets.main(args.files)
+        return report.main(args.files, args.out)
+    except device.DeviceError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return error.status
     except harness.CheckFailedError as error:
         print(f"bench: check failed: {error}", file=sys.stderr)
         return 1

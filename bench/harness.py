@@ -8,20 +8,15 @@ so above 1 ours is faster), whose median has a bootstrap interval.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from bench import roofs
-from stateful_kv import build_info
-from stateful_kv import report as package_report
+from bench import cuda_timing, roofs, targets
 
 SCHEMA = "stateful-kv-bench/1"
 CLEAR = 0.02  # An interval this far from 1 is FASTER or SLOWER.
@@ -58,7 +53,7 @@ class Settings:
 
     @property
     def cold_bytes(self) -> int:
-        return 1 << 20 if self.smoke else roofs.cold_bytes()
+        return 1 << 20 if self.smoke else roofs.cold_bytes(self.device)
 
 
 @dataclass(frozen=True)
@@ -120,6 +115,8 @@ class Trial:
     details: Callable[[str], dict[str, Any]] | None = None
     units: int = 1
     unit: str = "call"
+    # The calls are kernels of a CUDA device only: they are captured and timed there.
+    is_captured: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,6 +196,14 @@ SETTLE_S = 0.03
 LONG_CALL_S = 0.1
 
 
+class _Sampler(Protocol):
+    """A side of a pair, timed by the host's clock or by the device's."""
+
+    def sample(self, calls: int) -> float: ...
+
+    def calibrate(self, min_s: float) -> int: ...
+
+
 class _Side:
     """One of the two sides of a pair: calls that go round the rotating inputs."""
 
@@ -242,9 +247,13 @@ class _Side:
         return min(calls, 1 << 16)
 
 
+def _side(call: Call, trial: Trial) -> _Sampler:
+    return cuda_timing.GraphSide(call, trial) if trial.is_captured else _Side(call, trial)
+
+
 def measure(trial: Trial, peer: str | None, settings: Settings) -> dict[str, Any]:
     """Time ours, in turns with `peer` unless that is None."""
-    ours = _Side(trial.ours, trial)
+    ours = _side(trial.ours, trial)
     calls = ours.calibrate(settings.min_sample_s)
     ours.sample(calls)
     if peer is None:
@@ -252,8 +261,11 @@ def measure(trial: Trial, peer: str | None, settings: Settings) -> dict[str, Any
         return {"calls_per_sample": calls, "ours": statistics_of(samples)}
     peer_call = trial.peers[peer]
     assert not isinstance(peer_call, Missing)
-    other = _Side(peer_call, trial)
-    peer_calls = other.calibrate(settings.min_sample_s)
+    other = _side(peer_call, trial)
+    try:
+        peer_calls = other.calibrate(settings.min_sample_s)
+    except cuda_timing.CaptureError as error:
+        raise PeerMissingError(f"cannot be captured in a CUDA graph: {error}") from error
     other.sample(peer_calls)
     pairs = [(ours.sample(calls), other.sample(peer_calls)) for _ in range(settings.num_pairs)]
     our_samples, peer_samples = [a for a, _ in pairs], [b for _, b in pairs]
@@ -268,8 +280,8 @@ def measure(trial: Trial, peer: str | None, settings: Settings) -> dict[str, Any
 
 def floor_of(work: Work, roof: dict[str, Any]) -> dict[str, Any]:
     """The least time the roofs allow for `work`, and which roof it is."""
-    by_bytes = work.bytes / roof["read_bytes_per_s"]
-    by_flops = work.flops / roof["fp32_flops_per_s"]
+    bytes_per_s, flops_per_s = roofs.limits(roof)
+    by_bytes, by_flops = work.bytes / bytes_per_s, work.flops / flops_per_s
     kind = "bandwidth" if by_bytes >= by_flops else "flops"
     return {"seconds": max(by_bytes, by_flops), "kind": kind}
 
@@ -307,31 +319,41 @@ def run_cases(
                     f"{check.max_error:.3g} against {check.tolerance:.3g}, "
                     f"bits equal: {check.bits_equal}"
                 )
-            timing = measure(trial, peer, settings)
+            try:
+                timing = measure(trial, peer, settings)
+            except PeerMissingError as error:
+                emit(skipped(suite, case.name, case.axes, peer, str(error)))
+                peer, timing = None, measure(trial, None, settings)
             floor = floor_of(trial.work, roof)
             seconds = timing["ours"]["median"]
-            emit(
-                {
-                    "suite": suite,
-                    "name": case.name,
-                    "axes": case.axes,
-                    "peer_name": peer,
-                    "check": vars(check),
-                    "work": vars(trial.work),
-                    "rotations": trial.rotations,
-                    "rotation_bytes": trial.rotation_bytes,
-                    "unit": trial.unit,
-                    "units_per_call": trial.units,
-                    "ns_per_unit": seconds * 1e9 / trial.units,
-                    "floor": {
-                        **floor,
-                        "fraction": floor["seconds"] / seconds,
-                        "read_fraction": trial.work.bytes / roof["read_bytes_per_s"] / seconds,
-                    },
-                    **timing,
-                    **({} if trial.details is None else {"details": trial.details(peer or "")}),
-                }
-            )
+            result = {
+                "suite": suite,
+                "name": case.name,
+                "axes": case.axes,
+                "peer_name": peer,
+                "check": vars(check),
+                "work": vars(trial.work),
+                "rotations": trial.rotations,
+                "rotation_bytes": trial.rotation_bytes,
+                "unit": trial.unit,
+                "units_per_call": trial.units,
+                "ns_per_unit": seconds * 1e9 / trial.units,
+                "floor": {
+                    **floor,
+                    "fraction": floor["seconds"] / seconds,
+                    "read_fraction": trial.work.bytes / roofs.limits(roof)[0] / seconds,
+                },
+                **timing,
+                **({} if trial.details is None else {"details": trial.details(peer or "")}),
+            }
+            emit(with_headline(result, settings))
+
+
+def with_headline(result: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """The result, with what the project asks of it if it is a real one of a GPU suite."""
+    is_real = settings.device == "cuda" and not settings.smoke
+    line = targets.headline(result) if is_real else None
+    return result if line is None else {**result, "headline": line}
 
 
 def skipped(
@@ -341,6 +363,27 @@ def skipped(
     return {"suite": suite, "name": name, "axes": axes, "peer_name": peer, "skipped": reason}
 
 
+def run_each(
+    suite: str,
+    cases: Iterable[Case],
+    settings: Settings,
+    roof: dict[str, Any],
+    emit: Callable[[dict[str, Any]], None],
+) -> None:
+    """As `run_cases`, but a case that fails is emitted as such and the others run all the same."""
+    for case in cases:
+        try:
+            run_cases(suite, [case], settings, roof, emit)
+        except Exception as error:
+            emit(failed(suite, case.name, case.axes, error))
+
+
+def failed(suite: str, name: str, axes: dict[str, Any], error: Exception) -> dict[str, Any]:
+    """What is emitted instead of a result where a case fails."""
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return {"suite": suite, "name": name, "axes": axes, "failed": reason}
+
+
 def _chosen_peers(trial: Trial, settings: Settings) -> list[str | None]:
     names: list[str | None] = list(trial.peers)
     if settings.peer is None:
@@ -348,43 +391,3 @@ def _chosen_peers(trial: Trial, settings: Settings) -> list[str | None]:
     if settings.peer == "all":
         return names or [None]
     return [name for name in names if name is not None and settings.asks_for(name)]
-
-
-def git_state() -> dict[str, Any]:
-    """Commit and dirty flag of the checkout the benches lie in; nulls outside of one."""
-    folder = Path(__file__).resolve().parent
-
-    def git(*args: str) -> str | None:
-        command = ["git", "-C", str(folder), *args]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    status = git("status", "--porcelain")
-    return {"sha": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
-
-
-def document(suites: list[str], settings: Settings, argv: list[str]) -> dict[str, Any]:
-    """The JSON document of a run without its results: who measured what, where and how."""
-    args = package_report.relative_argv(["bench", *argv])[1:]
-    machine = package_report.machine_info()
-    busy = os.getloadavg()[0] > 0.5 * machine["cores"]
-    return {
-        "schema": SCHEMA,
-        "suites": suites,
-        "smoke": settings.smoke,
-        "device": settings.device,
-        "argv": args,
-        "command": " ".join(["python -m bench", *args]),
-        "git": git_state(),
-        "build": build_info(),
-        "machine": {**machine, **roofs.cache_sizes()},
-        "busy_at_start": busy,
-        "cold_bytes": settings.cold_bytes,
-        "clock": "time.perf_counter (monotonic)",
-        "roofs": roofs.measure(settings.smoke),
-        "results": [],
-        "skipped": [],
-    }

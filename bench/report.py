@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import targets
+from bench.roofs import describe
+
 COLORS = {"FASTER": "#0b6e99", "SLOWER": "#b3402e", "SAME": "#6b7780", "UNCLEAR": "#c9a227"}
 
 
@@ -44,6 +47,8 @@ def line(result: dict[str, Any]) -> str:
     """One result on one line, for the terminal."""
     if "skipped" in result:
         return f"{title(result)}: {result['peer_name']} skipped: {result['skipped']}"
+    if "failed" in result:
+        return f"{title(result)}: FAILED: {result['failed']}"
     parts = [f"{title(result)}: {seconds(result['ours']['median'])}"]
     if result.get("unit", "call") != "call":
         parts.append(f"{result['ns_per_unit']:.3g} ns per {result['unit']}")
@@ -52,6 +57,8 @@ def line(result: dict[str, Any]) -> str:
         parts.append(f"{_comparison(result)} vs {result['peer_name']} {verdict}")
     if _fraction(result) != "-":
         parts.append(_fraction(result))
+    if "headline" in result:
+        parts.append(targets.words(result["headline"]))
     if "note" in result:
         parts.append(result["note"])
     if "checks" in result:
@@ -71,6 +78,11 @@ def load(path: Path) -> dict[str, Any]:
     return data
 
 
+def _device(machine: dict[str, Any]) -> str:
+    gpu = machine.get("gpu")
+    return machine["cpu"] if gpu is None else f"{gpu['name']} beside {machine['cpu']}"
+
+
 def markdown(document: dict[str, Any]) -> str:
     """Heading with machine, build and roofs, then one table row a result."""
     machine, roofs, git = document["machine"], document["roofs"], document["git"]
@@ -79,12 +91,10 @@ def markdown(document: dict[str, Any]) -> str:
         f"## {', '.join(document['suites'])}"
         + (" (smoke: shows that it runs, times mean nothing)" if document["smoke"] else ""),
         "",
-        f"{machine['cpu']}, {machine['threads']} threads, {document['build']['cpu_isa']}; torch "
+        f"{_device(machine)}, {machine['threads']} threads, {document['build']['cpu_isa']}; torch "
         f"{machine['torch']}; {machine['date']}; commit {sha}; load at start "
         f"{machine['load_average'][0]}.",
-        f"Roofs measured in this run: read {roofs['read_bytes_per_s'] / 1e9:.1f} GB/s"
-        f"{'' if roofs['buffer_exceeds_l3'] else ' (buffer fits L3)'}, fp32 "
-        f"{roofs['fp32_flops_per_s'] / 1e9:.0f} GFLOP/s (BLAS). "
+        f"Roofs measured in this run: {describe(roofs)}. "
         f"Rotating inputs are cold beyond {document['cold_bytes'] / 1e6:.0f} MB.",
         "",
         f"    {document['command']}",
@@ -110,6 +120,9 @@ def markdown(document: dict[str, Any]) -> str:
     # Files of earlier versions have no such list.
     reasons = dict.fromkeys((r["peer_name"], r["skipped"]) for r in document.get("skipped", ()))
     rows += [f"\nNot run: {peer}: {reason}" for peer, reason in reasons]
+    rows += [f"\nFailed: {title(r)}: {r['failed']}" for r in document.get("failed", ())]
+    if "ended_early" in document:
+        rows.append(f"\nThe run ended early: {document['ended_early']}")
     return "\n".join(rows) + "\n"
 
 

@@ -8,6 +8,11 @@ Both roofs are what plain torch reaches with the threads of the run, not data-sh
 - fp32 arithmetic: a square `torch.mm` (the BLAS of this torch). A BLAS does not reach the peak of
   the units, so this is a lower bound of it; a kernel above 100 % of it is faster than that BLAS,
   not faster than the machine.
+
+On a CUDA device:
+
+- copy bandwidth: a device-to-device copy of a buffer far larger than L2, bytes read and written.
+- bf16 matrix rate: a square `torch.mm` of random values (zeros run faster) by cuBLAS.
 """
 
 from __future__ import annotations
@@ -20,8 +25,12 @@ from typing import Any
 
 import torch
 
+from bench import cuda_timing
+
 REPEATS = 7
 MAX_BUFFER_BYTES = 1 << 30
+MAX_COPY_BYTES = 1 << 32
+MATRIX_REPEATS = 11
 
 
 def cache_sizes() -> dict[str, int | None]:
@@ -39,8 +48,13 @@ def cache_sizes() -> dict[str, int | None]:
     return sizes
 
 
-def cold_bytes() -> int:
-    """How much rotating data counts as cold: five times L2, or 128 MB when L3 is large."""
+def cold_bytes(device: str = "cpu") -> int:
+    """How much rotating data counts as cold: five times L2, or 128 MB when L3 is large.
+
+    On a CUDA device three times its L2.
+    """
+    if device == "cuda":
+        return cuda_timing.cold_bytes()
     sizes = cache_sizes()
     l2 = (sizes["l2_bytes"] or (1 << 20)) * torch.get_num_threads()
     large_l3 = (sizes["l3_bytes"] or 0) > (16 << 20)
@@ -57,8 +71,48 @@ def _median_seconds(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(samples)
 
 
-def measure(smoke: bool = False) -> dict[str, Any]:
-    """Both roofs, with the methods and every method's figure."""
+def limits(roof: dict[str, Any]) -> tuple[float, float]:
+    """Bytes and floating-point operations a second that work is held against."""
+    if "copy_bytes_per_s" in roof:
+        return roof["copy_bytes_per_s"], roof["bf16_flops_per_s"]
+    return roof["read_bytes_per_s"], roof["fp32_flops_per_s"]
+
+
+def describe(roof: dict[str, Any]) -> str:
+    """Both roofs in a few words."""
+    bytes_per_s, flops_per_s = limits(roof)
+    if "copy_bytes_per_s" in roof:
+        return f"copy {bytes_per_s / 1e12:.2f} TB/s, bf16 {flops_per_s / 1e12:.0f} TFLOP/s (cuBLAS)"
+    return (
+        f"read {bytes_per_s / 1e9:.1f} GB/s"
+        f"{'' if roof['buffer_exceeds_l3'] else ' (buffer fits L3)'}, "
+        f"fp32 {flops_per_s / 1e9:.0f} GFLOP/s (BLAS)"
+    )
+
+
+def measure(smoke: bool = False, device: str = "cpu") -> dict[str, Any]:
+    """Both roofs of the device, with the methods and every method's figure."""
+    return _measure_cuda(smoke) if device == "cuda" else _measure_cpu(smoke)
+
+
+def _measure_cuda(smoke: bool) -> dict[str, Any]:
+    copy_bytes = 1 << 26 if smoke else MAX_COPY_BYTES
+    source = torch.randint(256, (copy_bytes,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy_s = cuda_timing.quick_seconds(lambda: target.copy_(source), MATRIX_REPEATS)
+    size = 512 if smoke else 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    cuda_timing.quick_seconds(lambda: torch.mm(a, b), MATRIX_REPEATS)  # until the clocks are up
+    mm_s = cuda_timing.quick_seconds(lambda: torch.mm(a, b), MATRIX_REPEATS)
+    return {
+        "copy_bytes_per_s": 2 * copy_bytes / copy_s,
+        "copy_method": f"device-to-device copy of {copy_bytes} bytes, read and written counted",
+        "bf16_flops_per_s": 2 * size**3 / mm_s,
+        "bf16_method": f"torch.mm {size} x {size} bfloat16 of random values",
+    }
+
+
+def _measure_cpu(smoke: bool) -> dict[str, Any]:
     l3 = cache_sizes()["l3_bytes"] or 0
     buffer_bytes = 1 << 24 if smoke else min(MAX_BUFFER_BYTES, max(1 << 28, 2 * l3))
     repeats = 2 if smoke else REPEATS

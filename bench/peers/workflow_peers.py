@@ -43,6 +43,21 @@ def _start_transformers(
     return turns, {"dtype": "float32", "max_turns": transformers_chat.MAX_TURNS}
 
 
+def start_cached_transformers(
+    device: str, stack: ExitStack, loaded: LoadedModel, file: WorkflowFile, max_tokens: int
+) -> tuple[Turns, dict[str, Any]]:
+    """`transformers` on a device with a cache for each agent; bf16 on a GPU."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = transformers_chat.load(resolve(loaded.name), device, dtype)
+    turns = transformers_chat.play_cached(model, loaded.tokenizer, file, max_tokens)
+    setting = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "cache": "DynamicCache of each agent, cut back to the common tokens",
+        "attention": model.config._attn_implementation,
+    }
+    return turns, setting
+
+
 PEERS: dict[str, Start] = {
     **{name: partial(_start_llama_server, name) for name in llama_server.SETTINGS},
     "transformers": _start_transformers,

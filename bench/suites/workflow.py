@@ -13,17 +13,15 @@ Where no run of ours is named the one without drafts runs all the same: tokens m
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench import harness
 from bench.harness import PeerMissingError, Settings
-from bench.peers.workflow_peers import PEERS, Turns
-from stateful_kv.config import EngineConfig
-from stateful_kv.engine import Engine
-from stateful_kv.models.loading import load_model
+from bench.peers.workflow_peers import PEERS, Start, Turns
+from bench.suites import on_device
 from stateful_kv.workflow import (
     Player,
     ReplayOptions,
@@ -36,7 +34,6 @@ from stateful_kv.workflow import (
     summarize,
 )
 
-MODEL = "smollm2"
 KV_TOKENS = 16384
 WORKFLOWS = ("six", "interleaved", "thirtyfive", "coding35")
 # Median later turn, stateless over stateful, that the project asks of itself.
@@ -49,13 +46,13 @@ RUNS = {
 NOT_KEPT = ("text", "token_ids")
 
 
-def _shortened(file: WorkflowFile, num_turns: int) -> WorkflowFile:
+def shortened(file: WorkflowFile, num_turns: int) -> WorkflowFile:
     first = file.workflows[0]
     return replace(file, workflows=(Workflow(first.agents, first.turns[:num_turns]),))
 
 
 @dataclass
-class _Played:
+class Played:
     """Rows of all runs of one workflow file, and what is known of the peers.
 
     Attributes:
@@ -69,20 +66,26 @@ class _Played:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def _play(file: WorkflowFile, max_tokens: int, runs: list[str], peers: list[str]) -> _Played:
-    loaded = load_model(MODEL)
-    config = EngineConfig(kv_tokens=KV_TOKENS)
-    played = _Played()
+def play(
+    file: WorkflowFile,
+    max_tokens: int,
+    runs: Sequence[str],
+    peers: Mapping[str, Start],
+    device: str = "cpu",
+) -> Played:
+    """Plays the file with our runs and the peers side by side, turn by turn."""
+    loaded = on_device.load(device)
+    played = Played()
     with ExitStack() as stack:
         players: dict[str, Turns] = {}
         for name in runs:
-            engine = Engine(loaded.model, loaded.tokenizer, config)
+            engine = on_device.make_engine(loaded, KV_TOKENS, device)
             stack.callback(engine.close)
             player = Player(engine, replace(RUNS[name], max_tokens=max_tokens))
             players[name] = stack.enter_context(closing(player.play(file)))
-        for name in peers:
+        for name, start in peers.items():
             try:
-                turns, played.settings[name] = PEERS[name](stack, loaded, file, max_tokens)
+                turns, played.settings[name] = start(stack, loaded, file, max_tokens)
             except PeerMissingError as error:
                 played.missing[name] = str(error)
                 continue
@@ -131,23 +134,25 @@ def peer_checks(ours: list[TurnRow], theirs: list[TurnRow]) -> dict[str, bool]:
     }
 
 
-def _result(name: str, peer: str, max_tokens: int, played: _Played) -> dict[str, Any]:
+def result_of(
+    name: str, peer: str, max_tokens: int, played: Played, suite: str = "workflow"
+) -> dict[str, Any]:
     """One result: later turns of the stateful run, paired with those of `peer`."""
     theirs_all = played.rows[peer]
     rows = {"stateful": played.rows["stateful"][: len(theirs_all)], peer: theirs_all}
     later = {run: [row.total_s for row in later_turns(rows[run])] for run in ("stateful", peer)}
     ours, theirs = harness.statistics_of(later["stateful"]), harness.statistics_of(later[peer])
-    target = TARGETS.get(name) if peer == "stateless" else None
+    target = TARGETS.get(name) if (suite, peer) == ("workflow", "stateless") else None
     held = checks(played.rows)
-    if peer in PEERS:
+    if peer not in RUNS:
         held |= peer_checks(rows["stateful"], rows[peer])
     ratio_of_medians = theirs["median"] / ours["median"]
     return {
-        "suite": "workflow",
+        "suite": suite,
         "name": "later_turn",
         "axes": {"workflow": name, "max_tokens": max_tokens},
         "peer_name": peer,
-        "model": MODEL,
+        "model": on_device.MODEL,
         "kv_tokens": KV_TOKENS,
         "peer_setting": played.settings.get(peer),
         "checks": held,
@@ -194,12 +199,12 @@ def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, An
         file = load_workflow(name)
         max_tokens = 48
         if settings.smoke:
-            file, max_tokens = _shortened(file, 5), 8
-        played = _play(file, max_tokens, runs, peers)
+            file, max_tokens = shortened(file, 5), 8
+        played = play(file, max_tokens, runs, {one: PEERS[one] for one in peers})
         for peer, reason in played.missing.items():
             emit(harness.skipped("workflow", "later_turn", {"workflow": name}, peer, reason))
         for peer in (*compared, *(one for one in peers if one in played.rows)):
-            result = _result(name, peer, max_tokens, played)
+            result = result_of(name, peer, max_tokens, played)
             broken = [check for check, holds in result["checks"].items() if not holds]
             if broken:
                 raise harness.CheckFailedError(f"workflow: {name}: {peer}: {', '.join(broken)}")

@@ -1,0 +1,58 @@
+"""Suite `gpu_workflow`: agent workflows on a CUDA device, turn by turn, side by side.
+
+The same runs as in `workflow`, with state, without, and without drafts, each on an engine of its
+own; their tokens must be equal. Beside them `transformers` in bf16 that keeps its cache between
+turns, as good a client as it allows: one cache for each agent, cut back to the tokens that the next
+prompt still has. The clock is the host's, from the call of a turn to its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from bench import harness
+from bench.harness import Settings
+from bench.peers.workflow_peers import Start, start_cached_transformers
+from bench.suites import on_device, workflow
+from stateful_kv.errors import ModelNotFoundError
+from stateful_kv.models.loading import resolve
+from stateful_kv.workflow import load_workflow
+
+SUITE = "gpu_workflow"
+# The one that something is asked of comes first: a run may be cut short.
+WORKFLOWS = ("coding35", "six", "interleaved", "thirtyfive")
+
+
+def _run_one(name: str, settings: Settings, emit: Callable[[dict[str, Any]], None]) -> None:
+    file, max_tokens = load_workflow(name), 48
+    if settings.smoke:
+        file, max_tokens = workflow.shortened(file, 4), 6
+    peers: dict[str, Start] = {"transformers": partial(start_cached_transformers, settings.device)}
+    played = workflow.play(file, max_tokens, list(workflow.RUNS), peers, settings.device)
+    for peer, reason in played.missing.items():
+        emit(harness.skipped(SUITE, "later_turn", {"workflow": name}, peer, reason))
+    for peer in ("stateless", "transformers", "no_draft"):
+        if peer not in played.rows or not (settings.peer is None or settings.asks_for(peer)):
+            continue
+        result = workflow.result_of(name, peer, max_tokens, played, SUITE)
+        broken = [check for check, holds in result["checks"].items() if not holds]
+        if broken:
+            raise harness.CheckFailedError(f"{name}: {peer}: {', '.join(broken)}")
+        emit(harness.with_headline({**result, "device": settings.device}, settings))
+
+
+def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
+    """Run the suite; a workflow that fails does not keep the others from running."""
+    try:
+        resolve(on_device.MODEL)
+    except ModelNotFoundError as error:
+        emit(harness.skipped(SUITE, "all", {}, None, str(error)))
+        return
+    for name in ("demo",) if settings.smoke else WORKFLOWS:
+        if settings.selects(name):
+            try:
+                _run_one(name, settings, emit)
+            except Exception as error:
+                emit(harness.failed(SUITE, "later_turn", {"workflow": name}, error))

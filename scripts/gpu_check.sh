@@ -1,0 +1,225 @@
+#!/usr/bin/env bash
+# Builds, tests and measures the CUDA backend on a GPU machine that has torch, nvcc, cmake and ninja,
+# without network and without pip. Stages follow each other whatever became of those before; each has
+# a time limit and a log in OUTPUT_DIR; all limits together are below ten minutes. A table comes last.
+# The status is 0 if no stage failed.
+#
+#   scripts/gpu_check.sh [--smoke] [--only STAGE,...] OUTPUT_DIR
+#
+#   --smoke   for a machine without a GPU: stages that need one are skipped, the others run on the
+#             CPU in little, with the extension that is built already
+#   --only    run these stages alone; the names are those of the table
+#
+# PYTHON            interpreter with torch (default python3)
+# JOBS              parallel compiler runs (default all cores)
+# SKV_GPU_WEIGHTS   what scripts/gpu_weights.sh unpacked: an entry of PYTHONPATH with the weights
+# SKV_GPU_LIMITS    other time limits in seconds, such as "build=300 gpu-tests=60"
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+. scripts/common.sh
+
+smoke=0 only="" out=""
+usage="usage: scripts/gpu_check.sh [--smoke] [--only STAGE,...] OUTPUT_DIR"
+while [ "$#" -gt 0 ]; do
+  case "$1" in
+    --smoke) smoke=1 ;;
+    --only)
+      [ "$#" -ge 2 ] || die "$usage"
+      only=$2
+      shift
+      ;;
+    -*) die "$usage" ;;
+    *)
+      [ -z "$out" ] || die "$usage"
+      out=$1
+      ;;
+  esac
+  shift
+done
+[ -n "$out" ] || die "$usage"
+out=$(absolute "$out")
+
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD/python:$PWD${SKV_GPU_WEIGHTS:+:$SKV_GPU_WEIGHTS}${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export STATEFUL_KV_CACHE_DIR="${STATEFUL_KV_CACHE_DIR:-$out/cache}"
+
+# Seconds; together at most 570.
+declare -A limits=(
+  [environment]=10 [build]=140 [cpu-tests]=30 [gpu-tests]=100 [memcheck]=35 [racecheck]=35
+  [synccheck]=20 [bits]=25 [bench-attention]=50 [bench-model]=55 [bench-workflow]=70
+)
+stages=(environment build cpu-tests gpu-tests memcheck racecheck synccheck bits
+  bench-attention bench-model bench-workflow)
+for one in ${SKV_GPU_LIMITS:-}; do
+  [[ "$one" =~ ^([a-z-]+)=([0-9]+)$ && -n "${limits[${BASH_REMATCH[1]}]:-}" ]] ||
+    die "SKV_GPU_LIMITS: expected STAGE=SECONDS, got '$one' (stages: ${stages[*]})"
+  limits[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
+done
+for one in ${only//,/ }; do
+  [ -n "${limits[$one]:-}" ] || die "--only: no stage '$one' (stages: ${stages[*]})"
+done
+
+mkdir -p "$out" || die "$out: cannot be made"
+
+table=() failures=0
+note() { # note STAGE STATUS SECONDS REASON
+  table+=("$(printf '%-16s %-8s %5s s  %s' "$1" "$2" "$3" "$4")")
+  say "${table[-1]}"
+  [ "$2" != FAILED ] || failures=$((failures + 1))
+}
+wanted() { [ -z "$only" ] || [[ ",$only," == *",$1,"* ]]; }
+
+# The end of an interrupted or failed stage's log belongs above the table.
+run_stage() { # run_stage STAGE SIGNAL COMMAND...
+  local stage=$1 signal=$2 begin=$SECONDS status
+  shift 2
+  timeout --signal="$signal" --kill-after=5 "${limits[$stage]}" "$@" >"$out/$stage.log" 2>&1 </dev/null
+  status=$?
+  case "$status" in
+    0) note "$stage" passed "$((SECONDS - begin))" "" ;;
+    124 | 137) note "$stage" FAILED "$((SECONDS - begin))" "cut at its limit of ${limits[$stage]} s" ;;
+    *) note "$stage" FAILED "$((SECONDS - begin))" "status $status, see $stage.log" ;;
+  esac
+  if [ "$status" -ne 0 ]; then
+    tail -n 12 "$out/$stage.log" | cut -c1-180 | sed 's/^/    | /'
+  fi
+  return "$status"
+}
+
+missing_modules() { # missing_modules NAME...: those that cannot be found
+  "$python" -c 'import sys
+from importlib.util import find_spec
+print(*[name for name in sys.argv[1:] if find_spec(name) is None])' "$@" 2>/dev/null || printf '%s' "$*"
+}
+
+find_sanitizer() {
+  if command -v compute-sanitizer; then return; fi
+  local folder
+  for folder in "$(dirname "$(find_nvcc)")" /usr/local/cuda/bin; do
+    [ ! -x "$folder/compute-sanitizer" ] || { printf '%s\n' "$folder/compute-sanitizer" && return; }
+  done
+}
+
+# Why stages cannot run; empty where they can.
+gpu_missing="" build_missing=""
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
+[[ "$capability" =~ ^[0-9]+\.[0-9]+$ ]] || gpu_missing="nvidia-smi names no GPU"
+
+environment() {
+  say "GPU: $(nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader 2>&1 | head -n 1)"
+  say "nvcc: $("$(find_nvcc)" --version 2>&1 | sed -n 's/.*\(release [0-9.]*\).*/\1/p')"
+  say "compute-sanitizer: $(find_sanitizer)"
+  say "cmake: $(cmake --version 2>&1 | head -n 1); ninja: $(ninja --version 2>&1 | head -n 1)"
+  say "compiler: $("${CXX:-c++}" --version 2>&1 | head -n 1)"
+  "$python" -c 'import platform, torch
+print("python", platform.python_version(), "torch", torch.__version__, "cuda", torch.version.cuda)' || return 1
+  local lacking
+  lacking=$(missing_modules numpy pytest pytest_timeout hypothesis gguf jinja2 tokenizers)
+  say "python packages that are missing: ${lacking:-none}"
+}
+
+build() {
+  PYTHON="$python" MAX_JOBS="${JOBS:-$(nproc)}" STATEFUL_KV_CUDA=ON STATEFUL_KV_WERROR=OFF \
+    STATEFUL_KV_CUDA_ARCHS="${capability/./}" scripts/dev_build.sh
+}
+
+# Tests need pytest and what our pytest settings and test files name.
+pytest_stage() { # pytest_stage STAGE ARGUMENTS...
+  local stage=$1 lacking parallel=()
+  shift
+  lacking=$(missing_modules numpy pytest pytest_timeout hypothesis)
+  if [ -n "$lacking" ]; then
+    note "$stage" FAILED 0 "python packages that are missing: $lacking"
+    return 1
+  fi
+  [ -n "$(missing_modules xdist)" ] || parallel=(-n "$(nproc | awk '{ print ($1 < 8) ? $1 : 8 }')")
+  # SIGINT: a run that is cut still says which tests failed.
+  run_stage "$stage" INT "$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors \
+    ${parallel[@]+"${parallel[@]}"} "$@"
+}
+
+sanitize() { # sanitize STAGE
+  local tool
+  tool=$(find_sanitizer)
+  if [ -z "$tool" ]; then
+    note "$1" FAILED 0 "compute-sanitizer not found (looked at PATH and beside nvcc)"
+    return 1
+  fi
+  # Each tensor an allocation of its own, so that reads beyond its end are seen.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_stage "$1" TERM "$tool" --tool "$1" --error-exitcode 9 \
+    "$python" scripts/gpu_ops_once.py
+}
+
+bench() { # bench STAGE ARGUMENTS...
+  local stage=$1 suite=gpu_${1#bench-}
+  shift
+  run_stage "$stage" TERM "$python" -m bench run "$suite" "$@" --out "$out/$suite.json"
+}
+
+cpu_selection=(tests/bindings tests/property tests/ops/test_paged_attention.py
+  tests/ops/test_quantized_linear.py tests/ops/test_row_ops.py -m "not cuda and not slow")
+device_args=(--device cuda)
+if [ "$smoke" -eq 1 ]; then
+  cpu_selection=(tests/ops/test_registration.py)
+  device_args=(--device cpu --smoke)
+fi
+
+skip_reason() { # skip_reason STAGE: why it cannot run; nothing where it can
+  case "$smoke $1" in
+    ?" environment") return ;;
+    "1 build") say "--smoke takes the extension that is there" && return ;;
+    "1 gpu-tests" | 1\ *check) say "${gpu_missing:---smoke uses no GPU}" && return ;;
+    1*) return ;;
+  esac
+  if [ -n "$gpu_missing" ]; then
+    say "$gpu_missing"
+  elif [ "$1" != bits ]; then # which is torch's alone
+    printf '%s' "$build_missing"
+  fi
+}
+
+run_one() { # run_one STAGE
+  case "$1" in
+    environment)
+      run_stage environment TERM bash -c 'python=$0 && environment' "$python"
+      # Without a GPU nothing is checked, so only a smoke run can do without.
+      [ -z "$gpu_missing" ] || [ "$smoke" -eq 1 ] || note GPU FAILED 0 "$gpu_missing"
+      ;;
+    build) run_stage build TERM bash -c build || build_missing="the build failed" ;;
+    cpu-tests) pytest_stage cpu-tests "${cpu_selection[@]}" ;;
+    gpu-tests) SKV_REQUIRE_CUDA=1 pytest_stage gpu-tests tests -m cuda ;;
+    memcheck | racecheck | synccheck) sanitize "$1" ;;
+    bits) run_stage bits TERM "$python" scripts/gpu_bits.py "${device_args[@]}" --out "$out/bits.json" ;;
+    bench-attention) bench "$1" "${device_args[@]}" --peer all ;;
+    bench-model) bench "$1" "${device_args[@]}" ;;
+    # The other workflows take minutes: `transformers` launches its kernels one by one.
+    bench-workflow) bench "$1" "${device_args[@]}" --only coding35,six,demo ;;
+  esac
+}
+
+export python capability
+export -f environment build say find_nvcc find_sanitizer missing_modules
+for one in "${stages[@]}"; do
+  wanted "$one" || continue
+  reason=$(skip_reason "$one")
+  if [ -n "$reason" ]; then note "$one" SKIPPED 0 "$reason"; else run_one "$one"; fi
+done
+
+say ""
+say "=== figures"
+[ ! -s "$out/bits.log" ] || grep 'equal for' "$out/bits.log" | cut -c1-110
+results=()
+for one in gpu_attention gpu_model gpu_workflow; do
+  [ ! -s "$out/$one.json" ] || results+=("$out/$one.json")
+done
+if [ "${#results[@]}" -gt 0 ]; then
+  timeout 30 "$python" -m bench targets "${results[@]}" 2>&1 | cut -c1-150
+fi
+{
+  say ""
+  say "=== stages"
+  printf '%s\n' "${table[@]}"
+  if [ "$failures" -eq 0 ]; then say "no stage failed, $SECONDS s"; else say "$failures FAILED, $SECONDS s"; fi
+} | tee "$out/table.txt"
+[ "$failures" -eq 0 ]

@@ -1,0 +1,205 @@
+"""scripts/gpu_check.sh with stand-ins for the GPU's programs, and in little without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = [
+    "environment", "build", "cpu-tests", "gpu-tests", "memcheck", "racecheck", "synccheck", "bits",
+    "bench-attention", "bench-model", "bench-workflow",
+]  # fmt: skip
+BENCHES = STAGES[-3:]
+
+# Writes down what it is asked; hangs, fails or lacks modules where it is told to.
+PYTHON = """#!/bin/bash
+echo "$* | SKV_REQUIRE_CUDA=${SKV_REQUIRE_CUDA:-}" >>"$FAKE_LOG"
+case "$*" in
+  *find_spec*sys.argv*)
+    for one in $FAKE_MISSING; do [[ " $* " != *" $one "* ]] || found="$found $one"; done
+    echo "${found# }"
+    exit ;;
+  -c*) exec "$REAL_PYTHON" "$@" ;;
+  *"bench targets"*) exec "$REAL_PYTHON" "$@" ;;
+esac
+[ -z "$FAKE_HANG" ] || [[ "$*" != *"$FAKE_HANG"* ]] || exec sleep 60
+if [ -n "$FAKE_FAIL" ] && [[ "$*" == *"$FAKE_FAIL"* ]]; then echo "what went wrong"; exit 3; fi
+[[ "$*" != *"bench run"* ]] || cp "$FAKE_RESULT" "${@: -1}"
+[[ "$*" != *gpu_bits* ]] || echo "cublas: small 8x8: equal for 1 2 rows"
+"""
+PROGRAMS = {
+    "nvidia-smi": "#!/bin/bash\necho 9.0\n",
+    "cmake": '#!/bin/bash\necho "cmake $*" >>"$FAKE_LOG"; exit "${FAKE_CMAKE:-0}"\n',
+    "compute-sanitizer": '#!/bin/bash\nwhile [ "$1" != "$PYTHON" ]; do shift; done; exec "$@"\n',
+    "python-of-test": PYTHON,
+}
+
+
+class Machine:
+    """A copy of the scripts beside programs that stand for those of a GPU machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out, self.programs = folder, folder / "out", folder / "programs"
+        shutil.copytree(ROOT / "scripts", folder / "scripts")
+        self.programs.mkdir()
+        for name, text in PROGRAMS.items():
+            (self.programs / name).write_text(text)
+            (self.programs / name).chmod(0o755)
+        headline = {"metric": "time", "first": None, "goal": 4e-6, "value": 3e-6, "met": "goal"}
+        result = {"suite": "gpu_x", "name": "case", "axes": {}, "headline": headline}
+        (folder / "result.json").write_text(json.dumps({"results": [result]}))
+
+    def run(self, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        own = {
+            "PATH": f"{self.programs}:{os.environ['PATH']}",
+            "PYTHON": str(self.programs / "python-of-test"),
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}",
+            "REAL_PYTHON": sys.executable,
+            "FAKE_LOG": str(self.folder / "asked"),
+            "FAKE_RESULT": str(self.folder / "result.json"),
+            **dict.fromkeys(("FAKE_MISSING", "FAKE_HANG", "FAKE_FAIL", "SKV_GPU_LIMITS"), ""),
+        }
+        return subprocess.run(
+            [str(self.folder / "scripts" / "gpu_check.sh"), *args, str(self.out)],
+            capture_output=True, text=True, env={**os.environ, **own, **variables}, timeout=120,
+        )  # fmt: skip
+
+    @property
+    def asked(self) -> str:
+        return (self.folder / "asked").read_text()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def table(text: str) -> dict[str, tuple[str, str]]:
+    """Status and reason of each stage, from the last part of the output."""
+    rows = re.findall(r"^(\S+) +(\w+) +\d+ s +(.*)$", text.partition("=== stages")[2], re.MULTILINE)
+    return {stage: (status, reason) for stage, status, reason in rows}
+
+
+def test_all_stages_pass(machine: Machine) -> None:
+    done = machine.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert table(done.stdout) == dict.fromkeys(STAGES, ("passed", ""))
+    assert done.stdout.splitlines()[-1].startswith("no stage failed")
+    assert "gpu_x case: 3 us (asked: <= 4): goal met" in done.stdout
+    assert "cublas: small 8x8: equal for 1 2 rows" in done.stdout
+    for stage in STAGES:
+        assert (machine.out / f"{stage}.log").exists(), stage
+    for name in ("gpu_attention", "gpu_model", "gpu_workflow"):
+        assert (machine.out / f"{name}.json").exists()
+    assert (machine.out / "table.txt").read_text() in done.stdout
+    asked = machine.asked
+    assert "-DSTATEFUL_KV_CUDA_ARCHS=90" in asked and "-DSTATEFUL_KV_CUDA=ON" in asked
+    assert re.search(r"-m pytest .* tests -m cuda \| SKV_REQUIRE_CUDA=1", asked)
+    assert "-m bench run gpu_attention --device cuda --peer all --out" in asked
+    assert asked.count("scripts/gpu_ops_once.py") == 3
+
+
+def test_limits_are_below_ten_minutes() -> None:
+    text = (ROOT / "scripts" / "gpu_check.sh").read_text()
+    limits = dict(re.findall(r"\[([a-z-]+)\]=(\d+)", text))
+    assert list(limits) == STAGES
+    assert sum(map(int, limits.values())) <= 570
+
+
+def test_a_stage_that_hangs_is_cut(machine: Machine) -> None:
+    start = time.monotonic()
+    done = machine.run(FAKE_HANG="-m cuda", SKV_GPU_LIMITS="gpu-tests=1")
+    assert done.returncode == 1
+    assert time.monotonic() - start < 50
+    rows = table(done.stdout)
+    assert rows.pop("gpu-tests") == ("FAILED", "cut at its limit of 1 s")
+    assert set(rows.values()) == {("passed", "")}
+    assert done.stdout.splitlines()[-1].startswith("1 FAILED")
+
+
+def test_a_stage_that_fails_shows_its_end_and_stops_no_other(machine: Machine) -> None:
+    done = machine.run(FAKE_FAIL="bench run gpu_model")
+    assert done.returncode == 1
+    rows = table(done.stdout)
+    assert rows.pop("bench-model") == ("FAILED", "status 3, see bench-model.log")
+    assert set(rows.values()) == {("passed", "")}
+    assert "    | what went wrong" in done.stdout
+
+
+def test_after_a_failed_build_only_what_needs_none_runs(machine: Machine) -> None:
+    done = machine.run(FAKE_CMAKE="1")
+    assert done.returncode == 1
+    rows = table(done.stdout)
+    assert rows.pop("build")[0] == "FAILED"
+    assert rows.pop("environment") == rows.pop("bits") == ("passed", "")
+    assert set(rows.values()) == {("SKIPPED", "the build failed")}
+    assert len(rows) == 8
+
+
+def test_missing_tools_are_named(machine: Machine) -> None:
+    (machine.programs / "compute-sanitizer").unlink()
+    only = "cpu-tests,gpu-tests,racecheck"
+    nvcc = str(machine.programs / "nvcc")  # beside it there is no sanitizer either
+    done = machine.run("--only", only, FAKE_MISSING="pytest hypothesis", CUDACXX=nvcc)
+    assert done.returncode == 1
+    rows = table(done.stdout)
+    lacking = ("FAILED", "python packages that are missing: pytest hypothesis")
+    assert rows["cpu-tests"] == rows["gpu-tests"] == lacking
+    if not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
+        assert rows["racecheck"][1].startswith("compute-sanitizer not found")
+
+
+def test_without_a_gpu_nothing_is_green(machine: Machine) -> None:
+    (machine.programs / "nvidia-smi").write_text("#!/bin/bash\necho 'no devices'; exit 6\n")
+    done = machine.run()
+    assert done.returncode == 1
+    rows = table(done.stdout)
+    assert rows.pop("environment") == ("passed", "")
+    assert rows.pop("GPU") == ("FAILED", "nvidia-smi names no GPU")
+    assert rows == dict.fromkeys(STAGES[1:], ("SKIPPED", "nvidia-smi names no GPU"))
+
+
+def test_smoke_runs_here(machine: Machine) -> None:
+    """With the real interpreter and sources, those stages that are quick."""
+    (machine.programs / "nvidia-smi").write_text("#!/bin/bash\nexit 9\n")
+    stages = "environment,build,gpu-tests,memcheck,bits,bench-attention"
+    for name in ("bench", "tests", "python"):
+        (machine.folder / name).symlink_to(ROOT / name)
+    done = machine.run("--smoke", "--only", stages, PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = table(done.stdout)
+    assert rows["environment"] == rows["bits"] == rows["bench-attention"] == ("passed", "")
+    assert rows["build"] == ("SKIPPED", "--smoke takes the extension that is there")
+    assert rows["gpu-tests"] == rows["memcheck"] == ("SKIPPED", "nvidia-smi names no GPU")
+    assert "equal for 1 2 4" in done.stdout
+    document = json.loads((machine.out / "gpu_attention.json").read_text())
+    assert document["smoke"] and document["device"] == "cpu" and document["results"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--only", "nothing"), "--only: no stage 'nothing'"),
+        (("--fast",), "usage: "),
+        (("one",), "usage: "),
+    ],
+)
+def test_bad_command_lines(machine: Machine, args: tuple[str, ...], message: str) -> None:
+    done = machine.run(*args)
+    assert done.returncode == 1 and message in done.stderr
+    assert not machine.out.exists()
+
+
+def test_bad_limits(machine: Machine) -> None:
+    done = machine.run(SKV_GPU_LIMITS="build=soon")
+    assert done.returncode == 1
+    assert "expected STAGE=SECONDS, got 'build=soon'" in done.stderr
