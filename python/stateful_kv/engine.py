@@ -96,10 +96,12 @@ class Engine:
         *,
         kv_tokens: int = 65536,
         page_size: int = 64,
-        kv_dtype: str = "float16",
+        kv_dtype: str = "auto",
         weight_format: str = "auto",
         draft: bool = True,
         max_batch_tokens: int = 1024,
+        device: str = "cpu",
+        dtype: str = "auto",
         cost_curve: CostChoice = "auto",
     ) -> Engine:
         """Loads a model and makes an engine for it.
@@ -108,27 +110,35 @@ class Engine:
             name: "smollm2", or the path of a GGUF file or a Hugging Face folder, or a Hub id.
             kv_tokens: tokens the KV cache holds, all sessions together.
             page_size: tokens a page holds.
-            kv_dtype: "float16", "float32", "bfloat16" or "int8".
-            weight_format: "auto", "int8", "int4" or "fp32".
+            kv_dtype: "float16", "float32", "bfloat16" or "int8"; "auto" is float16 on the CPU, and
+                on CUDA the 16-bit dtype of the model.
+            weight_format: "auto", "int8", "int4", "fp32" or "dense"; on CUDA "auto" or "dense".
             draft: propose tokens from the session's own text; changes nothing but time.
             max_batch_tokens: rows of one forward pass.
+            device: "cpu", "cuda" or "cuda:N".
+            dtype: of dense weights and activations: "bfloat16" ("auto" on CUDA), "float16" or
+                "float32" (the only one on the CPU).
             cost_curve: "auto", "measure" or a CostCurve; see `Engine`.
 
         Raises:
+            DeviceUnavailableError: the device is not there, or not in this build.
             ModelNotFoundError: nothing of that name.
             ModelLoadError: its files are corrupt or not supported.
         """
         # Readers of model files are slow to import, and an engine can do without them.
         from stateful_kv.models.loading import load_model
 
+        if kv_dtype == "auto" and dtype == "float16":
+            kv_dtype = dtype  # attention on CUDA takes KV in the 16-bit dtype of its queries
         config = EngineConfig(
             kv_tokens=kv_tokens,
             page_size=page_size,
             kv_dtype=kv_dtype,
             max_batch_tokens=max_batch_tokens,
             draft=draft,
+            device=device,
         )
-        loaded = load_model(name, weight_format=weight_format)
+        loaded = load_model(name, weight_format, device=device, dtype=dtype)
         return cls(loaded.model, loaded.tokenizer, config, cost_curve=cost_curve)
 
     def __enter__(self) -> Engine:

@@ -16,11 +16,12 @@ from stateful_kv import quantize
 from stateful_kv.config import ModelConfig
 from stateful_kv.errors import ModelLoadError
 from stateful_kv.host_memory import HugePageArena
-from stateful_kv.models.llama import LayerWeights, Linear, LlamaWeights
+from stateful_kv.models.llama import LayerWeights, LlamaWeights, Projection
+from stateful_kv.models.packed_linear import Linear
 from stateful_kv.models.rope import cos_sin_table, inverse_frequencies
 from stateful_kv.quantize import PackedWeight
 
-WEIGHT_FORMATS = ("auto", "int8", "int4", "fp32")
+WEIGHT_FORMATS = ("auto", "int8", "int4", "fp32", "dense")
 MAX_LAYERS = 1024
 MAX_ROTARY_BYTES = 1 << 29  # half a million positions at the largest head_dim
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 32, 256, 16
@@ -67,27 +68,55 @@ def check_config(config: ModelConfig, where: str) -> None:
             raise ModelLoadError(f"{where}: {field}: expected {want}, got {getattr(config, field)}")
 
 
-def build_weights(source: WeightSource, config: ModelConfig, weight_format: str) -> LlamaWeights:
+class WeightBuilder(Protocol):
+    """Makes the weights of a model in one form: packed, or dense on a device."""
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """Takes float32 values that stay what they are: norms, the rotary table."""
+
+    def embedding(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """Reads the embedding: [V, E] in the dtype of the activations."""
+
+    def linear(
+        self,
+        parts: Sequence[tuple[str, int]],
+        in_features: int,
+        biases: Sequence[Tensor | None],
+        *,
+        has_silu_mul: bool = False,
+    ) -> Projection:
+        """Reads projections of one input and makes one of them.
+
+        Args:
+            parts: name and outputs of each, in this order; with `has_silu_mul` gate and up.
+            in_features: their input.
+            biases: float32[outputs] or None for each part.
+            has_silu_mul: the result is silu(gate) * up.
+        """
+
+    def head(self, name: str, embedding: Tensor) -> Projection:
+        """Reads the head, E -> V, which may be the embedding again."""
+
+
+def build_weights(
+    source: WeightSource, config: ModelConfig, builder: WeightBuilder
+) -> LlamaWeights:
     """Reads all weights of a model.
 
     Args:
         source: where the tensors come from.
         config: already checked by `check_config`.
-        weight_format: "auto" keeps the blocks of the file and rounds F16, BF16 and F32 to int8;
-            "int8", "int4" and "fp32" convert everything.
+        builder: reads from the same source and says what becomes of them.
 
     Raises:
         ModelLoadError: a tensor is missing, has another shape, holds NaN or infinity, or is there
             although the config says that the model has none.
     """
-    vocab_shape = (config.vocab_size, config.hidden_size)
-    embedding = source.dense("embedding", vocab_shape)
-    arena = HugePageArena()
+    embedding = builder.embedding("embedding", (config.vocab_size, config.hidden_size))
     layers = tuple(
-        _build_layer(source, config, f"layers.{index}.", weight_format).placed_in(arena)
+        _build_layer(source, config, f"layers.{index}.", builder)
         for index in range(config.num_layers)
     )
-    head_name = "embedding" if config.tie_word_embeddings else "head"
     inverse = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     if source.has("rope_factors"):
         factors = source.dense("rope_factors", (config.head_dim // 2,)).numpy()
@@ -97,12 +126,58 @@ def build_weights(source: WeightSource, config: ModelConfig, weight_format: str)
     return LlamaWeights(
         embedding=embedding,
         layers=layers,
-        norm=source.dense("norm", (config.hidden_size,)),
-        head=_linear(
-            source, "", [(head_name, config.vocab_size)], config.hidden_size, weight_format
-        ).placed_in(arena),
-        cos_sin=cos_sin_table(inverse, config.max_position),
+        norm=builder.values(source.dense("norm", (config.hidden_size,))),
+        head=builder.head("embedding" if config.tie_word_embeddings else "head", embedding),
+        cos_sin=builder.values(cos_sin_table(inverse, config.max_position)),
     )
+
+
+class PackedBuilder:
+    """Packs the weights for our own kernels, in memory in the order in which a step reads them."""
+
+    def __init__(self, source: WeightSource, weight_format: str) -> None:
+        """Keeps both.
+
+        Args:
+            source: where the tensors come from.
+            weight_format: "auto" keeps the blocks of the file and rounds F16, BF16 and F32 to
+                int8; "int8", "int4" and "fp32" convert everything.
+        """
+        self._source = source
+        self._format = weight_format
+        self._arena = HugePageArena()
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """Keeps them as they are."""
+        return tensor
+
+    def embedding(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """Reads it as float32."""
+        return self._source.dense(name, shape)
+
+    def linear(
+        self,
+        parts: Sequence[tuple[str, int]],
+        in_features: int,
+        biases: Sequence[Tensor | None],
+        *,
+        has_silu_mul: bool = False,
+    ) -> Linear:
+        """Reads and fuses projections of one input."""
+        weights = [
+            self._source.packed(name, (width, in_features), self._format) for name, width in parts
+        ]
+        if has_silu_mul:
+            gate, up = weights
+            return Linear.gate_up(gate, up, biases).placed_in(self._arena)
+        return Linear.fuse(weights, biases).placed_in(self._arena)
+
+    def head(self, name: str, embedding: Tensor) -> Linear:
+        """Reads the head; packed it is no longer the embedding."""
+        vocab_size, hidden = embedding.shape
+        bias = f"{name}.bias"
+        biases = [self._source.dense(bias, (vocab_size,)) if self._source.has(bias) else None]
+        return self.linear([(name, vocab_size)], hidden, biases)
 
 
 def pack_float(w: Tensor, weight_format: str) -> PackedWeight:
@@ -130,72 +205,44 @@ def require_shape(name: str, where: str, got: tuple[int, ...], want: tuple[int, 
 
 
 def _build_layer(
-    source: WeightSource, config: ModelConfig, prefix: str, weight_format: str
+    source: WeightSource, config: ModelConfig, prefix: str, builder: WeightBuilder
 ) -> LayerWeights:
     hidden, inner = config.hidden_size, config.intermediate_size
     q_width = config.num_heads * config.head_dim
     kv_width = config.num_kv_heads * config.head_dim
-
-    def linear(parts: Sequence[tuple[str, int]], in_features: int) -> Linear:
-        return _linear(source, prefix, parts, in_features, weight_format)
-
-    def head_norm(name: str) -> Tensor | None:
-        return _dense_iff(config.qk_norm, "qk_norm", source, prefix + name, config.head_dim)
-
-    qkv = (("q", q_width), ("k", kv_width), ("v", kv_width))
-    gated = (("gate", inner), ("up", inner))
-    gate, up = _packed(source, prefix, gated, hidden, weight_format)
+    qkv = [(prefix + "q", q_width), (prefix + "k", kv_width), (prefix + "v", kv_width)]
     qkv_biases = [
-        _dense_iff(config.attention_bias, "attention_bias", source, f"{prefix}{name}.bias", width)
+        _dense_iff(config.attention_bias, "attention_bias", source, f"{name}.bias", width)
         for name, width in qkv
     ]
+
+    def linear(
+        names: Sequence[str], out_features: int, in_features: int, has_silu_mul: bool = False
+    ) -> Projection:
+        parts = [(prefix + name, out_features) for name in names]
+        biases = [
+            source.dense(f"{name}.bias", (width,)) if source.has(f"{name}.bias") else None
+            for name, width in parts
+        ]
+        return builder.linear(parts, in_features, biases, has_silu_mul=has_silu_mul)
+
+    def norm(name: str) -> Tensor:
+        return builder.values(source.dense(prefix + name, (hidden,)))
+
+    def head_norm(name: str) -> Tensor | None:
+        found = _dense_iff(config.qk_norm, "qk_norm", source, prefix + name, config.head_dim)
+        return None if found is None else builder.values(found)
+
     return LayerWeights(
-        attn_norm=source.dense(prefix + "attn_norm", (hidden,)),
-        qkv=_linear(source, prefix, qkv, hidden, weight_format, qkv_biases),
-        o=linear([("o", hidden)], q_width),
-        ffn_norm=source.dense(prefix + "ffn_norm", (hidden,)),
-        gate_up=Linear.gate_up(gate, up, _biases_of(source, prefix, gated)),
-        down=linear([("down", hidden)], inner),
+        attn_norm=norm("attn_norm"),
+        qkv=builder.linear(qkv, hidden, qkv_biases),
+        o=linear(["o"], hidden, q_width),
+        ffn_norm=norm("ffn_norm"),
+        gate_up=linear(["gate", "up"], inner, hidden, has_silu_mul=True),
+        down=linear(["down"], hidden, inner),
         q_norm=head_norm("q_norm"),
         k_norm=head_norm("k_norm"),
     )
-
-
-def _linear(
-    source: WeightSource,
-    prefix: str,
-    parts: Sequence[tuple[str, int]],
-    in_features: int,
-    weight_format: str,
-    biases: Sequence[Tensor | None] | None = None,
-) -> Linear:
-    """Reads and fuses projections of one input; `biases` None takes those the file has."""
-    weights = _packed(source, prefix, parts, in_features, weight_format)
-    return Linear.fuse(weights, _biases_of(source, prefix, parts) if biases is None else biases)
-
-
-def _packed(
-    source: WeightSource,
-    prefix: str,
-    parts: Sequence[tuple[str, int]],
-    in_features: int,
-    weight_format: str,
-) -> list[PackedWeight]:
-    return [
-        source.packed(prefix + name, (width, in_features), weight_format) for name, width in parts
-    ]
-
-
-def _biases_of(
-    source: WeightSource, prefix: str, parts: Sequence[tuple[str, int]]
-) -> list[Tensor | None]:
-    """The biases that the file has."""
-    return [
-        source.dense(f"{prefix}{name}.bias", (width,))
-        if source.has(f"{prefix}{name}.bias")
-        else None
-        for name, width in parts
-    ]
 
 
 def _dense_iff(
