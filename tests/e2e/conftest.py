@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,27 @@ from stateful_kv.calibrate import CostChoice
 from stateful_kv.config import EngineConfig
 from stateful_kv.engine import Engine
 from stateful_kv.models.llama import LlamaModel
-from tests.e2e.tiny import COSTS, ByteTokenizer, Recorder, tiny_llama
+from tests.e2e.tiny import COSTS, ByteTokenizer, DenseForm, Recorder, tiny_llama
 
 MakeEngine = Callable[..., Engine]
+# Dense weights: float32 on the CPU, bfloat16 on CUDA.
+DENSE = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
+on_devices = pytest.mark.parametrize("llama", ["packed", *DENSE], indirect=True)
 
 
-@pytest.fixture(scope="session")
-def llama() -> LlamaModel:
+@cache
+def model_in(form: str) -> LlamaModel:
     """A tiny random model; it has no state, so all tests may share it."""
-    return tiny_llama()
+    if form == "packed":
+        return tiny_llama()
+    dtype = torch.float32 if form == "cpu" else torch.bfloat16
+    return tiny_llama(form=DenseForm(form, dtype))
+
+
+@pytest.fixture
+def llama(request: pytest.FixtureRequest) -> LlamaModel:
+    """The tiny model with packed weights; a test marked with `on_devices` also gets dense ones."""
+    return model_in(getattr(request, "param", "packed"))
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +54,10 @@ def make_engine(llama: LlamaModel) -> Iterator[MakeEngine]:
         model: Any = None, tokenizer: Any = None, cost_curve: CostChoice = COSTS, **config: Any
     ) -> Engine:
         config = {"kv_tokens": 4096, "page_size": 16, **config}
+        if model is None and llama.device.type == "cuda":
+            config["device"] = str(llama.device)
+            if config.get("kv_dtype") == "float16":  # a test's word for 16 bits
+                config["kv_dtype"] = "bfloat16"
         model = Recorder(llama if model is None else model)
         tokenizer = tokenizer or ByteTokenizer()
         engine = Engine(model, tokenizer, EngineConfig(**config), cost_curve=cost_curve)

@@ -15,7 +15,9 @@ from stateful_kv.cache import KVCache
 from stateful_kv.config import ModelConfig
 from stateful_kv.costs import CostCurve
 from stateful_kv.errors import InvalidRequestError
-from stateful_kv.models.llama import LayerWeights, Linear, LlamaModel, LlamaWeights
+from stateful_kv.models.dense_linear import RowCountTable
+from stateful_kv.models.llama import LayerWeights, LlamaModel, LlamaWeights, Projection
+from stateful_kv.models.packed_linear import Linear
 from stateful_kv.models.rope import cos_sin_table, inverse_frequencies
 
 END = 0
@@ -97,20 +99,62 @@ def tiny_config(num_layers: int = 2, max_position: int = 2048) -> ModelConfig:
     )
 
 
-def tiny_llama(seed: int = 0, max_position: int = 2048) -> LlamaModel:
-    """A random Llama with int8 weights, its head bent so that text runs in circles for a while."""
-    config = tiny_config(max_position=max_position)
-    random = torch.Generator().manual_seed(seed)
+class PackedForm:
+    """Makes the linear layers of a model with int8 weights."""
 
-    def pack(weight: torch.Tensor) -> quantize.PackedWeight:
+    def values(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def embedding(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def linear(self, weight: torch.Tensor) -> Projection:
+        return Linear.fuse([self._pack(weight)], [None])
+
+    def gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> Projection:
+        return Linear.gate_up(self._pack(gate), self._pack(up))
+
+    def _pack(self, weight: torch.Tensor) -> quantize.PackedWeight:
         return quantize.pack_int8(*quantize.quantize_int8(weight))
 
-    def packed(out_features: int, in_features: int, scale: float = 1.0) -> quantize.PackedWeight:
-        weight = torch.randn(out_features, in_features, generator=random)
-        return pack(weight * scale * in_features**-0.5)
 
-    def linear(out_features: int, in_features: int, scale: float = 1.0) -> Linear:
-        return Linear.fuse([packed(out_features, in_features, scale)], [None])
+class DenseForm:
+    """Makes the linear layers of a model with dense weights."""
+
+    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._rows = RowCountTable()
+
+    def values(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device)
+
+    def embedding(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, self._dtype)
+
+    def linear(self, weight: torch.Tensor) -> Projection:
+        return self._rows.linear(self.embedding(weight))
+
+    def gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> Projection:
+        return self._rows.linear(self.embedding(torch.cat([gate, up])), has_silu_mul=True)
+
+
+def tiny_llama(
+    seed: int = 0, max_position: int = 2048, form: PackedForm | DenseForm | None = None
+) -> LlamaModel:
+    """A random Llama, its head bent so that text runs in circles for a while; int8 weights if no
+    other form is given.
+    """
+    config = tiny_config(max_position=max_position)
+    random = torch.Generator().manual_seed(seed)
+    form = form or PackedForm()
+
+    def weight(out_features: int, in_features: int, scale: float = 1.0) -> torch.Tensor:
+        values = torch.randn(out_features, in_features, generator=random)
+        return values * scale * in_features**-0.5
+
+    def linear(out_features: int, in_features: int, scale: float = 1.0) -> Projection:
+        return form.linear(weight(out_features, in_features, scale))
 
     embedding = torch.randn(config.vocab_size, config.hidden_size, generator=random)
     circles = (torch.arange(config.vocab_size).view(-1, 16).roll(1, 1)).flatten()
@@ -119,12 +163,12 @@ def tiny_llama(seed: int = 0, max_position: int = 2048) -> LlamaModel:
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layers = tuple(
         LayerWeights(
-            attn_norm=torch.ones(config.hidden_size),
+            attn_norm=form.values(torch.ones(config.hidden_size)),
             qkv=linear(q_width + 2 * kv_width, config.hidden_size, 2.0),
             o=linear(config.hidden_size, q_width),
-            ffn_norm=torch.ones(config.hidden_size),
-            gate_up=Linear.gate_up(
-                *(packed(config.intermediate_size, config.hidden_size) for _ in range(2))
+            ffn_norm=form.values(torch.ones(config.hidden_size)),
+            gate_up=form.gate_up(
+                *(weight(config.intermediate_size, config.hidden_size) for _ in range(2))
             ),
             down=linear(config.hidden_size, config.intermediate_size),
         )
@@ -132,11 +176,11 @@ def tiny_llama(seed: int = 0, max_position: int = 2048) -> LlamaModel:
     )
     inverse = inverse_frequencies(config.head_dim, config.rope_theta, None)
     weights = LlamaWeights(
-        embedding=embedding,
+        embedding=form.embedding(embedding),
         layers=layers,
-        norm=torch.ones(config.hidden_size),
-        head=Linear.fuse([pack(head)], [None]),
-        cos_sin=cos_sin_table(inverse, config.max_position),
+        norm=form.values(torch.ones(config.hidden_size)),
+        head=form.linear(head),
+        cos_sin=form.values(cos_sin_table(inverse, config.max_position)),
     )
     return LlamaModel(config, weights)
 
@@ -276,6 +320,7 @@ class Recorder(TopKOfLogits):
     def __init__(self, model: Any) -> None:
         self._model = model
         self.config = model.config
+        self.device = getattr(model, "device", torch.device("cpu"))
         self.rows: list[Row] = []
         self.num_tokens = 0
         self.num_steps = 0
@@ -284,9 +329,9 @@ class Recorder(TopKOfLogits):
         logits: torch.Tensor = self._model.forward(batch, cache)
         self.num_tokens += batch.num_tokens
         self.num_steps += 1
-        for row, values in zip(batch.logit_rows.tolist(), logits, strict=True):
-            key = (int(batch.positions[row]), int(batch.token_ids[row]))
-            self.rows.append((*key, values.numpy().tobytes()))
+        positions, token_ids = batch.positions.tolist(), batch.token_ids.tolist()
+        for row, values in zip(batch.logit_rows.tolist(), logits.cpu(), strict=True):
+            self.rows.append((positions[row], token_ids[row], values.numpy().tobytes()))
         return logits
 
 
@@ -295,9 +340,8 @@ def rows_from_scratch(
 ) -> dict[int, Row]:
     """The logits rows of a text by position, all computed in one pass on a fresh cache."""
     config = model.config
-    cache = KVCache(
-        config.num_layers, config.num_kv_heads, config.head_dim, 4, len(tokens), kv_dtype
-    )
+    shape = config.num_layers, config.num_kv_heads, config.head_dim
+    cache = KVCache(*shape, 4, len(tokens), kv_dtype, model.device)
     sequence, _ = cache.match_and_adopt(np.empty(0, dtype=np.int32))
     cache.reserve(sequence, len(tokens))
     pages = cache.batch_pages([sequence], [len(tokens)])
@@ -310,7 +354,7 @@ def rows_from_scratch(
         slots=pages.slots,
         logit_rows=torch.arange(len(tokens)),
     )
-    logits = model.forward(batch, cache)
+    logits = model.forward(batch.to(model.device), cache).cpu()
     return {
         position: (position, token, logits[position].numpy().tobytes())
         for position, token in enumerate(tokens)
