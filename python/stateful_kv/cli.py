@@ -17,6 +17,7 @@ from rich.table import Table
 
 from stateful_kv import cost_file, report
 from stateful_kv._native import build_info
+from stateful_kv.config import EngineConfig
 from stateful_kv.errors import InvalidRequestError, StatefulKVError
 from stateful_kv.workflow import (
     ReplayOptions,
@@ -39,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DEFAULT_KV_DTYPE = "float16"
+DEFAULT_KV_DTYPE = "auto"
 ModelOption = Annotated[
     str, typer.Option(help="smollm2 (the default), a GGUF file, a model folder, or a Hub id.")
 ]
@@ -51,7 +52,13 @@ ThreadsOption = Annotated[
 KvTokensOption = Annotated[int, typer.Option(min=64, help="Capacity of the KV pool, in tokens.")]
 KvDtypeOption = Annotated[
     str,
-    typer.Option(metavar="DTYPE", help="KV stored as float16, float32, bfloat16 or int8."),
+    typer.Option(
+        metavar="DTYPE",
+        help="KV stored as float16 (auto on the CPU), bfloat16 (auto on CUDA), float32 or int8.",
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda or cuda:N.")
 ]
 WorkflowArgument = Annotated[
     str, typer.Argument(metavar="WORKFLOW.json|NAME", help="A file, or a shipped workflow.")
@@ -85,7 +92,12 @@ def _fail(message: str) -> None:
 
 
 def _load_engine(
-    model: str, *, kv_tokens: int, threads: int | None, kv_dtype: str = DEFAULT_KV_DTYPE
+    model: str,
+    *,
+    kv_tokens: int,
+    threads: int | None,
+    kv_dtype: str = DEFAULT_KV_DTYPE,
+    device: str = "cpu",
 ) -> Engine:
     import torch
 
@@ -94,14 +106,18 @@ def _load_engine(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        return Engine.load(model, kv_tokens=kv_tokens, kv_dtype=kv_dtype)
+        return Engine.load(model, kv_tokens=kv_tokens, kv_dtype=kv_dtype, device=device)
     except ValueError as error:
         # Settings check themselves with ValueError; elsewhere one would be a bug and is not hidden.
         raise InvalidRequestError(str(error)) from error
 
 
 def _meta(
-    file: WorkflowFile, model: str, options: ReplayOptions, kv_dtype: str = DEFAULT_KV_DTYPE
+    file: WorkflowFile,
+    model: str,
+    options: ReplayOptions,
+    kv_dtype: str = DEFAULT_KV_DTYPE,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     return {
         "format": "stateful-kv-run/1",
@@ -112,7 +128,8 @@ def _meta(
         "ignore_eos": options.ignore_eos,
         "stateless": options.stateless,
         "draft": options.draft,
-        "kv_dtype": kv_dtype,
+        "kv_dtype": EngineConfig(kv_dtype=kv_dtype, device=device).kv_dtype,
+        "device": report.device_info(device),
         "argv": report.relative_argv(),
         "build": build_info(),
         "machine": report.machine_info(),
@@ -133,6 +150,7 @@ def run(
     threads: ThreadsOption = None,
     kv_tokens: KvTokensOption = 65536,
     kv_dtype: KvDtypeOption = DEFAULT_KV_DTYPE,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Replay a workflow file and show one row per turn."""
     with _user_errors():
@@ -140,11 +158,13 @@ def run(
         _require_writable(json_out)
         console = Console(stderr=json_out == Path("-"))
         with console.status(f"loading {escape(model)}"):
-            engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads, kv_dtype=kv_dtype)
+            engine = _load_engine(
+                model, kv_tokens=kv_tokens, threads=threads, kv_dtype=kv_dtype, device=device
+            )
         options = ReplayOptions(max_tokens, ignore_eos, stateless, not no_draft)
         try:
             rows = _replay_shown(engine, file, options, console)
-            meta = _meta(file, model, options, kv_dtype)
+            meta = _meta(file, model, options, kv_dtype, device)
         finally:
             engine.close()
         result = {
@@ -311,6 +331,7 @@ def demo(
     ] = "demo",
     threads: ThreadsOption = None,
     kv_tokens: KvTokensOption = 32768,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Three agents share one engine: the same workflow with state and without, side by side."""
     from stateful_kv.demo import run_demo
@@ -320,7 +341,7 @@ def demo(
         output.mkdir(parents=True, exist_ok=True)
         console = Console()
         with console.status(f"loading {escape(model)}"):
-            engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads)
+            engine = _load_engine(model, kv_tokens=kv_tokens, threads=threads, device=device)
         options = ReplayOptions(max_tokens)
         try:
             result = run_demo(
@@ -329,7 +350,7 @@ def demo(
                 output,
                 console,
                 max_tokens=max_tokens,
-                meta=lambda: _meta(file, model, options),
+                meta=lambda: _meta(file, model, options, device=device),
             )
         finally:
             engine.close()
@@ -339,7 +360,13 @@ def demo(
 
 
 @app.command()
-def info() -> None:
+def info(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Also load this model dense and show the row counts of its products."),
+    ] = None,
+    device: DeviceOption = "cpu",
+) -> None:
     """Show the version, how the extension was built, the machine, and cost curves stored for it."""
     with _user_errors():
         table = Table.grid(padding=(0, 2))
@@ -350,7 +377,15 @@ def info() -> None:
                 table.add_row(key.replace("_", " "), str(shown))
         for setup, curve in cost_file.stored_here():
             name = f"{setup.get('shape')}, {setup.get('kv_dtype')} KV"
+            if setup.get("device", setup.get("cpu")) != setup.get("cpu"):
+                name += f" on {setup['device']}"
             table.add_row("cost curve", f"{name}: {curve}")
+        if model is not None:
+            from stateful_kv.models.loading import load_model
+
+            loaded = load_model(model, "dense", device=device)
+            for shape, counts in loaded.model.row_counts.items():
+                table.add_row(f"products with {shape}", f"rows {counts}")
         Console().print(table, highlight=False)
 
 

@@ -55,6 +55,21 @@ def machine_info() -> dict[str, Any]:
     }
 
 
+def device_info(device: str) -> dict[str, Any]:
+    """What computed, as plain JSON data: on the CPU `machine_info` says more."""
+    import torch
+
+    from stateful_kv._native import check_device
+    from stateful_kv.device import device_name
+
+    found = check_device(device)
+    info: dict[str, Any] = {"name": str(found), "model": device_name(found)}
+    if found.type == "cuda":
+        info["memory"] = torch.cuda.get_device_properties(found).total_memory
+        info["cuda"] = torch.version.cuda
+    return info
+
+
 def compare(stateful: list[TurnRow], stateless: list[TurnRow]) -> dict[str, Any]:
     """Summary of a workflow run both ways: speed-ups, tokens computed, equality of the replies."""
     with_state, without = summarize(stateful), summarize(stateless)

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,8 +17,9 @@ from stateful_kv.config import EngineConfig
 from stateful_kv.costs import CostCurve
 from stateful_kv.engine import Engine
 from stateful_kv.errors import ModelNotFoundError
+from stateful_kv.machine import cpu_name
 from tests.cli.test_workflow import ROW_FIELDS
-from tests.e2e.tiny import ByteTokenizer, CountingUp
+from tests.e2e.tiny import ByteTokenizer, CountingUp, DenseForm, tiny_llama
 
 
 @pytest.fixture
@@ -156,6 +158,52 @@ def test_kv_dtype_reaches_the_engine(invoke, monkeypatch, workflow_path, command
     _assert_one_error_line(result, "kv_dtype: expected", "'int8'", "got 'int4'")
 
 
+@pytest.mark.parametrize("command", [("run",), ("demo", "--workflow")])
+def test_device_reaches_the_engine(invoke, monkeypatch, workflow_path, command):
+    asked = []
+
+    def load(model, **config):
+        asked.append(EngineConfig(**config).device)
+        raise ModelNotFoundError("seen")
+
+    monkeypatch.setattr(Engine, "load", load)
+    for device in ("cpu", "cuda", "cuda:3"):
+        _assert_one_error_line(invoke(*command, workflow_path, "--device", device), "seen")
+    assert asked == ["cpu", "cuda", "cuda:3"]
+    result = invoke(*command, workflow_path, "--device", "gpu")
+    _assert_one_error_line(result, "device: expected 'cpu', 'cuda' or 'cuda:N', got 'gpu'")
+
+
+def test_a_missing_device_is_one_line(invoke, workflow_path):
+    for arguments in (("run", workflow_path), ("info", "--model", "smollm2")):
+        result = invoke(*arguments, "--device", "cuda:77")
+        _assert_one_error_line(result, "device cuda:77: ")
+
+
+def test_info_shows_the_row_counts_of_a_model(invoke, monkeypatch):
+    asked = []
+
+    def load(name, weight_format, *, device):
+        asked.append((name, weight_format, device))
+        return SimpleNamespace(model=tiny_llama(form=DenseForm()))
+
+    monkeypatch.setattr("stateful_kv.models.loading.load_model", load)
+    monkeypatch.setenv("COLUMNS", "200")
+    result = invoke("info", "--model", "some.gguf")
+    assert result.exit_code == 0, result.output
+    assert asked == [("some.gguf", "dense", "cpu")]
+    for shape in ("256x64", "64x128", "192x64", "64x96", "272x64"):
+        assert re.search(rf"products with {shape} +rows (\d+, )*64(, \d+)* as 64", result.stdout)
+
+
+def test_device_is_written_down(engine, invoke, workflow_path, tmp_path):
+    out = tmp_path / "out.json"
+    assert invoke("run", workflow_path, "--json", out).exit_code == 0
+    meta = json.loads(out.read_text())["meta"]
+    assert meta["device"] == {"name": "cpu", "model": cpu_name()}
+    assert meta["kv_dtype"] == "float16"
+
+
 def test_kv_dtype_is_written_down(engine, invoke, workflow_path, tmp_path):
     out = tmp_path / "out.json"
     assert invoke("run", workflow_path, "--kv-dtype", "int8", "--json", out).exit_code == 0
@@ -228,10 +276,14 @@ def test_info_shows_the_curves_of_this_machine(invoke, tmp_path, monkeypatch):
     key = {**cost_file.machine_key(), "shape": "llama 30x576", "kv_dtype": "float16"}
     cost_file.store(key, curve)
     cost_file.store({**key, "shape": "other machine", "cpu": "another"}, curve)
+    cost_file.store({**key, "shape": "at home", "device": str(key["cpu"])}, curve)
+    cost_file.store({**key, "kv_dtype": "bfloat16", "device": "a GPU"}, curve)
     (tmp_path / "costs-damaged.json").write_text("{")
     result = invoke("info")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("cost curve") == 1
+    assert result.stdout.count("cost curve") == 3
+    assert "at home, float16 KV: ms" in result.stdout
+    assert "llama 30x576, bfloat16 KV on a GPU: ms" in result.stdout
     assert "llama 30x576, float16 KV: ms by rows 1: 8.1, 4: 10.5;" in result.stdout
     assert "2.5 with 1 row, 4 with 4" in result.stdout
 
