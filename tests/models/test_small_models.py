@@ -90,10 +90,11 @@ def compare(loaded: LoadedModel, reference: Any) -> None:
         assert torch.equal(logits_in_steps(loaded, tokens, steps), got)
 
 
+@pytest.mark.parametrize("weight_format", ["fp32", "dense"])
 @pytest.mark.parametrize("case", CASES)
-def test_hf_folder_logits(case: str, tmp_path: Path) -> None:
+def test_hf_folder_logits(case: str, weight_format: str, tmp_path: Path) -> None:
     reference = save_model(case, tmp_path)
-    compare(load_model(tmp_path, "fp32"), reference)
+    compare(load_model(tmp_path, weight_format), reference)
 
 
 def test_sharded_bfloat16(tmp_path: Path) -> None:
@@ -103,6 +104,7 @@ def test_sharded_bfloat16(tmp_path: Path) -> None:
     tiny.save_tokenizer(tmp_path, tiny.train_byte_level())
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     compare(load_model(tmp_path, "fp32"), reference)
+    compare(load_model(tmp_path, "dense"), reference)
 
 
 @pytest.mark.parametrize(("weight_format", "tolerance"), [("auto", 0.05), ("int4", 0.8)])
@@ -192,6 +194,7 @@ def test_gguf_logits(case: str, tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "model.gguf", "fp32")
     assert loaded.config.tie_word_embeddings == reference.config.tie_word_embeddings
     compare(loaded, reference)
+    compare(load_model(tmp_path / "model.gguf", "dense"), reference)
     assert np.array_equal(
         loaded.tokenizer.render_start([{"role": "user", "content": "x"}]),
         load_model(tmp_path).tokenizer.render_start([{"role": "user", "content": "x"}]),
