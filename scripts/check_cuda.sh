@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compiles the CUDA kernels for sm_80 and sm_90, and the CUDA bindings against torch's headers.
-# A check only: nothing is linked or run, so no GPU is needed.
+# A check only: nothing is linked or run, so no GPU is needed. It fails if a kernel spills registers
+# or if docs/cuda-kernels.md lists other kernels than were compiled.
 # Without nvcc it says so and succeeds; SKV_REQUIRE_NVCC=1 turns that into a failure.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -29,4 +30,5 @@ cmake -S . -B "$build" -G Ninja -DSTATEFUL_KV_TORCH=OFF "-DSTATEFUL_KV_TORCH_DIR
   die "the configure step of the CUDA compile check failed"
 }
 cmake --build "$build" --target cuda_check --parallel "${JOBS:-$(nproc)}"
-say "CUDA compile check: passed for sm_80 and sm_90"
+python3 scripts/cuda_report.py --build "$build" --check docs/cuda-kernels.md
+say "CUDA compile check: passed for sm_80 and sm_90, no kernel spills"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ import stateful_kv
 from stateful_kv import _native
 from stateful_kv.cache import KVCache
 from stateful_kv.errors import DeviceUnavailableError, StatefulKVError
+from tests.conftest import cuda_missing
 from tests.ops.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,16 +33,6 @@ CUDA_OPS = {
     "silu_mul",
     "verify_draft",
 }
-
-
-def load_report() -> ModuleType:
-    """scripts/cuda_report.py as a module."""
-    spec = importlib.util.spec_from_file_location("cuda_report", ROOT / "scripts/cuda_report.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def make_cache(device: str) -> KVCache:
@@ -77,12 +67,6 @@ def test_the_sources_register_the_listed_ops() -> None:
     assert sorted(registered) == sorted(CUDA_OPS)
 
 
-def test_the_report_names_the_ops_without_a_kernel() -> None:
-    report = load_report()
-    assert report.ops_without_kernel() == sorted(CASES.keys() - CUDA_OPS)
-    assert "\n".join(report.missing_sentence()) in (ROOT / "docs/cuda-kernels.md").read_text()
-
-
 def test_a_cache_on_cuda_without_a_cuda_build_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     info = {**stateful_kv.build_info(), "cuda": False}
     monkeypatch.setattr(_native._C, "build_info", lambda: info)
@@ -114,57 +98,23 @@ def test_a_cache_on_cuda_lives_there() -> None:
     assert cache.v.is_cuda
 
 
-def test_every_kernel_is_in_the_committed_table_without_spills() -> None:
-    """A new kernel needs a new docs/cuda-kernels.md; numbers depend on the nvcc version."""
-    rows = [
-        [cell.strip(" `") for cell in line.strip("|").split("|")]
-        for line in (ROOT / "docs/cuda-kernels.md").read_text().splitlines()
-        if line.startswith("| ") and ".cu " in line
-    ]
-    assert {row[2] for row in rows} == {"80", "90"}
-    assert all(row[4] == "0" for row in rows)
-    listed = {(row[0], row[1].split("<")[0]) for row in rows}
-    written = {
-        (source.name, kernel)
-        for source in (ROOT / "csrc/kernels/cuda").glob("*.cu")
-        for kernel in re.findall(
-            r"__global__ void __launch_bounds__\(\w+\)\s+(\w+)\(", source.read_text()
-        )
-    }
-    assert listed == written
+def run_a_cuda_test(require_cuda: str) -> subprocess.CompletedProcess[str]:
+    """A test marked `cuda` in a process of its own."""
+    test = f"{Path(__file__).relative_to(ROOT)}::test_a_cache_on_cuda_lives_there"
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", test]
+    environment = {**os.environ, "SKV_REQUIRE_CUDA": require_cuda}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_report_reads_the_assembler_log() -> None:
-    log = """
-ptxas info    : Compiling entry function '_Z1fv' for 'sm_80'
-    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
-ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 400 bytes cmem[0]
-ptxas info    : Compiling entry function '_Z1gv' for 'sm_90a'
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 24 registers, used 0 barriers
-"""
-    first, second = load_report().parse_log(log)
-    assert (first.name, first.arch, first.registers, first.spills, first.shared) == (
-        "_Z1fv",
-        80,
-        40,
-        12,
-        1024,
-    )
-    assert (second.name, second.arch, second.registers, second.spills, second.shared) == (
-        "_Z1gv",
-        90,
-        24,
-        0,
-        0,
-    )
-
-
-def test_report_without_nvcc_says_so() -> None:
-    command = [sys.executable, str(ROOT / "scripts/cuda_report.py"), "--nvcc", "/nowhere/nvcc"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "nvcc not found: /nowhere/nvcc" in result.stderr
+@pytest.mark.skipif(cuda_missing() is None, reason="CUDA tests run here")
+def test_cuda_tests_skip_with_the_reason_or_fail_where_cuda_is_required() -> None:
+    skipped, failed = run_a_cuda_test("0"), run_a_cuda_test("1")
+    assert skipped.returncode == 0, skipped.stdout
+    assert "1 skipped" in skipped.stdout
+    assert str(cuda_missing()) in skipped.stdout
+    assert failed.returncode == 1, failed.stdout
+    assert f"SKV_REQUIRE_CUDA=1, but {cuda_missing()}" in failed.stdout
+    assert "skipped" not in failed.stdout
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
