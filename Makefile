@@ -19,7 +19,7 @@ CTEST = ctest --output-on-failure --no-tests=error --parallel $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cpp test-sanitize test-tsan test-python lint check-format check-lint check-types \
-	check-layers format bench-smoke cuda-check check-cli wheel env env-demo clean distclean
+	check-layers format bench-smoke cuda-check gpu-check check-cli wheel env env-demo clean distclean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -76,10 +76,15 @@ format: env ## rewrite the sources in the project's style
 	clang-format -i $(CPP_SOURCES)
 
 bench-smoke: env ## every bench suite on its smallest case
-	python -m bench run ops state cpu_linear cpu_attention cpu_model workflow quality --smoke
+	python -m bench run ops state cpu_linear cpu_attention cpu_model workflow quality \
+		gpu_attention gpu_model gpu_workflow --smoke --device cpu
 
 cuda-check: env ## compile the CUDA sources, if nvcc is there (no GPU needed)
 	scripts/check_cuda.sh
+
+gpu-check: ## on a GPU machine: build, test and measure the CUDA backend; OUT=folder
+	@test -n "$(OUT)" || { echo "usage: make gpu-check OUT=folder" >&2; exit 2; }
+	scripts/gpu_check.sh "$(OUT)"
 
 check-cli: env ## the installed command line on the default model, with state and without
 	scripts/check_cli.sh

@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "run":
             return _run(args, argv)
         if args.command == "targets":
-            return targets.main(args.files)
+            return targets.main([report.load(path) for path in args.files])
         return report.main(args.files, args.out)
     except device.DeviceError as error:
         print(f"bench: {error}", file=sys.stderr)

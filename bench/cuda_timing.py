@@ -107,7 +107,7 @@ class _TimedGraph:
     def seconds(self) -> float:
         """Replays it once; seconds between the events."""
         self._graph.replay()
-        self._end.synchronize()
+        torch.cuda.synchronize()  # not the event's own: it may still be that of the last replay
         return self._start.elapsed_time(self._end) * 1e-3
 
 

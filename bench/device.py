@@ -38,7 +38,7 @@ def choose(suites: list[str], asked: str | None, smoke: bool) -> str:
     device = asked or ("cuda" if on_gpu else "cpu")
     if device == "cuda":
         if on_cpu:
-            raise DeviceError(f"{on_cpu[0]} runs on the CPU only; run {on_gpu or 'it'} apart", 2)
+            raise DeviceError(f"{on_cpu[0]} runs on the CPU only; run the others apart", 2)
         try:
             check_device(device)
         except DeviceUnavailableError as error:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 Metric = Literal["bandwidth", "rate", "time", "cost", "speed_up"]
@@ -95,15 +93,18 @@ def words(line: dict[str, Any]) -> str:
     return f"{line['value'] * scale:.4g} {unit} (asked: {sign} {bounds}): {met}"
 
 
-def main(files: list[Path]) -> int:
-    """Prints one line for each result of which something is asked."""
-    for path in files:
-        document = json.loads(path.read_text(encoding="utf-8"))
+def main(documents: list[dict[str, Any]]) -> int:
+    """Prints one line for each case of which something is asked."""
+    for document in documents:
+        lines: dict[str, str] = {}
         for result in document["results"]:
             line = result.get("headline")
             if line is not None:
+                # With several peers a case is there several times; the first is as good as any.
                 name = result["axes"].get("workflow", result["name"])
-                print(f"{result['suite']} {name}: {words(line)}")
+                lines.setdefault(f"{result['suite']} {name}", words(line))
         for failed in document.get("failed", ()):
-            print(f"{failed['suite']} {failed['name']}: FAILED: {failed['failed']}")
+            lines[f"{failed['suite']} {failed['name']}"] = f"FAILED: {failed['failed']}"
+        for name, text in lines.items():
+            print(f"{name}: {text}")
     return 0

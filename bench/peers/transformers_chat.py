@@ -24,7 +24,10 @@ MAX_TURNS = 6
 
 def load(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The model, set to ignore end of text; PeerMissingError where it cannot be had."""
-    model = transformers_model.load(path).to(device, dtype)
+    model = transformers_model.load(path)
+    for parameter in model.parameters():  # not the rotary frequencies, which stay float32
+        parameter.data = parameter.data.to(dtype)
+    model.to(device)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model

@@ -9,6 +9,7 @@ prompt still has. The clock is the host's, from the call of a turn to its text.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,17 +19,26 @@ from bench.peers.workflow_peers import Start, start_cached_transformers
 from bench.suites import on_device, workflow
 from stateful_kv.errors import ModelNotFoundError
 from stateful_kv.models.loading import resolve
-from stateful_kv.workflow import load_workflow
+from stateful_kv.workflow import Workflow, WorkflowFile, load_workflow
 
 SUITE = "gpu_workflow"
 # The one that something is asked of comes first: a run may be cut short.
 WORKFLOWS = ("coding35", "six", "interleaved", "thirtyfive")
 
 
+def little(file: WorkflowFile) -> WorkflowFile:
+    """Three turns of one agent with short messages, for smoke runs."""
+    first = file.workflows[0]
+    agent = replace(first.agents[0], system=first.agents[0].system[:80])
+    own = [turn for turn in first.turns if turn.agent == agent.name][:3]
+    turns = tuple(replace(turn, message=turn.message[:120]) for turn in own)
+    return replace(file, workflows=(Workflow((agent,), turns),))
+
+
 def _run_one(name: str, settings: Settings, emit: Callable[[dict[str, Any]], None]) -> None:
     file, max_tokens = load_workflow(name), 48
     if settings.smoke:
-        file, max_tokens = workflow.shortened(file, 4), 6
+        file, max_tokens = little(file), 4
     peers: dict[str, Start] = {"transformers": partial(start_cached_transformers, settings.device)}
     played = workflow.play(file, max_tokens, list(workflow.RUNS), peers, settings.device)
     for peer, reason in played.missing.items():

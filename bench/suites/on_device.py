@@ -11,13 +11,10 @@ MODEL = "smollm2"
 
 def load(device: str) -> LoadedModel:
     """The default model; on a CUDA device in bf16."""
-    return load_model(MODEL) if device == "cpu" else load_model(MODEL, device=device)
+    return load_model(MODEL, device=device)
 
 
 def make_engine(loaded: LoadedModel, kv_tokens: int, device: str) -> Engine:
     """An engine for it; KV in fp16 on the CPU, in bf16 on a CUDA device."""
-    kv_dtype = "float16" if device == "cpu" else "bfloat16"
-    config = EngineConfig(kv_tokens=kv_tokens, kv_dtype=kv_dtype)
-    if device == "cpu":
-        return Engine(loaded.model, loaded.tokenizer, config)
-    return Engine(loaded.model, loaded.tokenizer, config, device=device)
+    config = EngineConfig(kv_tokens=kv_tokens, device=device)
+    return Engine(loaded.model, loaded.tokenizer, config)

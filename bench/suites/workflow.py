@@ -46,7 +46,7 @@ RUNS = {
 NOT_KEPT = ("text", "token_ids")
 
 
-def shortened(file: WorkflowFile, num_turns: int) -> WorkflowFile:
+def _shortened(file: WorkflowFile, num_turns: int) -> WorkflowFile:
     first = file.workflows[0]
     return replace(file, workflows=(Workflow(first.agents, first.turns[:num_turns]),))
 
@@ -199,7 +199,7 @@ def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, An
         file = load_workflow(name)
         max_tokens = 48
         if settings.smoke:
-            file, max_tokens = shortened(file, 5), 8
+            file, max_tokens = _shortened(file, 5), 8
         played = play(file, max_tokens, runs, {one: PEERS[one] for one in peers})
         for peer, reason in played.missing.items():
             emit(harness.skipped("workflow", "later_turn", {"workflow": name}, peer, reason))
