@@ -24,7 +24,7 @@ torch_dir=${STATEFUL_KV_TORCH_DIR:-$(python3 -c \
 
 mkdir -p "$build"
 cmake -S . -B "$build" -G Ninja -DSTATEFUL_KV_TORCH=OFF "-DSTATEFUL_KV_TORCH_DIR=$torch_dir" \
-  -DCMAKE_CUDA_COMPILER="$nvcc" -DSTATEFUL_KV_CUDA=AUTO "-DSTATEFUL_KV_CUDA_ARCHS=80;90" \
+  -DCMAKE_CUDA_COMPILER="$nvcc" -DSTATEFUL_KV_CUDA=AUTO "-DSTATEFUL_KV_CUDA_ARCHS=80;90a" \
   "-DSTATEFUL_KV_WERROR=${WERROR:-OFF}" >"$build/configure.log" 2>&1 || {
   cat "$build/configure.log" >&2
   die "the configure step of the CUDA compile check failed"
