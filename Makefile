@@ -13,13 +13,13 @@ export VENV JOBS WERROR PYTHON TORCH
 export MAX_JOBS := $(JOBS)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-CPP_SOURCES = $(shell find csrc tests/cpp -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+CPP_SOURCES = $(shell find csrc tests/cpp tests/emulation -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 PYTHON_SOURCES = python bench tests scripts examples setup.py
 CTEST = ctest --output-on-failure --no-tests=error --parallel $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cpp test-sanitize test-tsan test-python lint check-format check-lint check-types \
-	check-layers format bench-smoke cuda-check gpu-check check-cli wheel env env-demo clean distclean
+	check-layers format bench-smoke cuda-check emulation gpu-check check-cli wheel env env-demo clean distclean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -50,7 +50,10 @@ test-tsan: env ## the thread pool and the kernels on it with ThreadSanitizer
 	cmake --build build/cpp-tsan --parallel $(JOBS)
 	$(CTEST) --test-dir build/cpp-tsan
 
-test-python: env ## op, binding, property and end-to-end tests
+emulation: env ## the CUDA kernels as C++, which the op tests run without a GPU
+	scripts/build_emulation.sh
+
+test-python: emulation ## op, binding, property and end-to-end tests
 	python -m pytest $(PYTEST_ARGS)
 
 lint: check-format check-lint check-types check-layers ## all checks that run no test

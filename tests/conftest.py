@@ -23,6 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device and a CUDA build")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
     config.addinivalue_line("markers", "isa: repeated in a child process for each instruction set")
+    config.addinivalue_line("markers", "cpu_only(reason): what CUDA kernels do not promise or have")
+    config.addinivalue_line("markers", "emulated: also for emulated CUDA, without fixture `device`")
+    config.addinivalue_line("markers", "slow_emulated: not in the suite's run of emulated CUDA")
 
 
 def pytest_report_header() -> str:

@@ -30,7 +30,7 @@ def _copy_pages() -> Arguments:
 
 
 def _paged_attention() -> Arguments:
-    batch = make_batch([20, 0, 33], [3, 0, 1], head_dim=32, dtype=torch.float32)
+    batch = make_batch([20, 0, 33], [3, 0, 1], head_dim=64, dtype=torch.float32)
     names = ("q", "k_pool", "v_pool", "page_table", "seq_lens", "query_offsets")
     tensors = dict(zip(names, batch.arguments, strict=True))
     # opcheck compares pools before and after with torch.equal, for which NaN is a change.

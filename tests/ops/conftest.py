@@ -1,7 +1,8 @@
-"""Fixtures of the op tests.
+"""Fixtures of the op tests, and which of them run on which device.
 
-`SKV_EMULATED_CUDA`: path of build/emulation/libskv_emulated.so. Then every op with a CUDA kernel
-runs that kernel, on the emulator of tests/emulation, for tensors on the CPU.
+`SKV_EMULATED_CUDA` names build/emulation/libskv_emulated.so. Then every op with a CUDA kernel runs
+that kernel, on the emulator of tests/emulation, for tensors on the CPU, and only the tests that
+would run on a GPU are left: those with the fixture `device`, and those marked `emulated`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,26 @@ import torch
 
 import stateful_kv.ops  # noqa: F401  defines the ops before their kernels are replaced
 
-if EMULATED_CUDA := os.environ.get("SKV_EMULATED_CUDA"):
+EMULATED_CUDA = os.environ.get("SKV_EMULATED_CUDA")
+if EMULATED_CUDA:
     torch.ops.load_library(EMULATED_CUDA)
+
+
+def is_left_out(item: pytest.Item) -> bool:
+    """True for what only the CPU kernels promise, where CUDA kernels run."""
+    on_cuda = item.get_closest_marker("cuda") is not None
+    if item.get_closest_marker("cpu_only") is not None:
+        return on_cuda or bool(EMULATED_CUDA)
+    if not EMULATED_CUDA:
+        return False
+    runs_kernels = "device" in getattr(item, "fixturenames", ())
+    return on_cuda or not (runs_kernels or item.get_closest_marker("emulated"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if is_left_out(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

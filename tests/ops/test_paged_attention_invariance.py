@@ -18,6 +18,7 @@ from stateful_kv import ops
 from tests.ops import plain_torch
 from tests.ops.comparing import assert_same_bits
 from tests.ops.paged import PagedBatch, lay_out, make_batch, offsets
+from tests.ops.test_paged_attention import UNBUILT
 
 Attention = Callable[..., Tensor]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -88,7 +89,9 @@ def test_row_alone_equals_row_in_a_batch(
     check_rows_alone(attention, batch)
 
 
-@pytest.mark.parametrize("head_dim", [32, 48, 96, 128, 256])
+@pytest.mark.parametrize(
+    "head_dim", [pytest.param(32, marks=UNBUILT), pytest.param(48, marks=UNBUILT), 96, 128, 256]
+)
 @pytest.mark.parametrize("num_heads", [2, 8, 10])
 def test_row_alone_at_other_head_dims(device: torch.device, head_dim: int, num_heads: int) -> None:
     batch = make_batch(
@@ -98,7 +101,10 @@ def test_row_alone_at_other_head_dims(device: torch.device, head_dim: int, num_h
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("page_size", [pytest.param(16, marks=pytest.mark.isa), 64])
+@pytest.mark.parametrize(
+    "page_size",
+    [pytest.param(16, marks=pytest.mark.isa), pytest.param(64, marks=pytest.mark.slow_emulated)],
+)
 def test_any_chunk_split_gives_the_same_rows(
     device: torch.device, dtype: torch.dtype, page_size: int
 ) -> None:
@@ -115,6 +121,7 @@ def test_any_chunk_split_gives_the_same_rows(
         check_chunks(ops.paged_attention, batch, chunks)
 
 
+@pytest.mark.slow_emulated
 def test_long_chunks_give_the_same_rows(device: torch.device) -> None:
     batch = make_batch([700], [700], num_heads=2, num_kv_heads=1, device=device)
     for chunks in ([256, 256, 188], [513, 187], [699, 1]):
@@ -142,6 +149,7 @@ def test_width_of_the_page_table_does_not_matter(device: torch.device) -> None:
 
 
 @pytest.mark.isa
+@pytest.mark.cpu_only("threads of the CPU")
 @pytest.mark.parametrize("query_lens", [[1] * 4, [60, 1, 20, 300]], ids=["decode", "mixed"])
 def test_thread_count_does_not_matter(
     device: torch.device, query_lens: list[int], set_num_threads: Callable[[int], None]

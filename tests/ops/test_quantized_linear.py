@@ -11,6 +11,8 @@ from stateful_kv import _C, ops, quantize
 from tests.ops.comparing import assert_close_to_reference, assert_same_bits, same_bits
 from tests.reference import linear
 
+pytestmark = pytest.mark.cpu_only("quantized_linear has no CUDA kernel")
+
 # The generic build has no fused instruction; equal bits across instruction sets are not promised.
 FUSED = _C.cpu_isa() != "generic"
 FORMATS = ["fp32", "int8", "int4"]
