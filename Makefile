@@ -51,7 +51,7 @@ test-tsan: env ## the thread pool and the kernels on it with ThreadSanitizer
 	$(CTEST) --test-dir build/cpp-tsan
 
 emulation: env ## the CUDA kernels as C++, which the op tests run without a GPU
-	scripts/build_emulation.sh
+	PYTHON=python scripts/build_emulation.sh
 
 test-python: emulation ## op, binding, property and end-to-end tests
 	python -m pytest $(PYTEST_ARGS)

@@ -4,13 +4,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/common.sh
-PYTHON=${PYTHON:-$(absolute "${VENV:-.venv}")/bin/python}
-export PATH="$(dirname "$PYTHON"):$PATH" # cmake and ninja of the environment
+python=${PYTHON:-$(absolute "${VENV:-.venv}")/bin/python}
+command -v "$python" >/dev/null || die "PYTHON: '$python' not found; it has to import torch"
+python=$(command -v "$python")
+export PATH="$(dirname "$python"):$PATH" # cmake and ninja of the environment
 build=build/emulation
 mkdir -p "$build"
 exec 9>"$build/lock"
 flock 9
-torch_dir=${STATEFUL_KV_TORCH_DIR:-$("$PYTHON" -c \
+torch_dir=${STATEFUL_KV_TORCH_DIR:-$("$python" -c \
   "from importlib.util import find_spec as f; print(f('torch').submodule_search_locations[0])")}
 cmake -S tests/emulation -B "$build" -G Ninja "-DSTATEFUL_KV_TORCH_DIR=$torch_dir" \
   "-DSTATEFUL_KV_WERROR=${WERROR:-OFF}" >"$build/configure.log" 2>&1 || {

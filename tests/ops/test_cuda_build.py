@@ -61,6 +61,15 @@ def test_cuda_kernels_are_registered_where_built(op: str) -> None:
     assert has_kernel is (stateful_kv.build_info()["cuda"] and op in CUDA_OPS)
 
 
+def test_the_sources_compile_as_plain_c_plus_plus_too() -> None:
+    """Launches by launch_kernel, PTX in ptx.cuh: what the emulator of tests/emulation needs."""
+    for source in (ROOT / "csrc/kernels/cuda").iterdir():
+        text = source.read_text()
+        assert not re.search(r">>>\s*\(", text), f"{source.name}: use launch_kernel"
+        has_asm = re.search(r"\basm\s*(volatile\s*)?\(", text) is not None
+        assert has_asm is (source.name == "ptx.cuh"), source.name
+
+
 def test_the_sources_register_the_listed_ops() -> None:
     text = "".join(path.read_text() for path in (ROOT / "csrc/bindings").glob("*_cuda.cpp"))
     registered = re.findall(r'm\.impl\("(\w+)"', text)
