@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "csrc/kernels/cuda/dispatch.h"
+#include "csrc/kernels/cuda/element.cuh"
 #include "csrc/kernels/cuda/kernels.h"
 #include "csrc/kernels/cuda/launch.h"
 
@@ -37,6 +38,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = 0; i < params.num_copies; ++i) {
     const int64_t from = params.page_copies[2 * i];
     const int64_t to = params.page_copies[2 * i + 1];
+    SKV_DEVICE_ASSERT(from >= 0 && from < params.num_pages);
+    SKV_DEVICE_ASSERT(to >= 0 && to < params.num_pages);
     words[to * page_words] = words[from * page_words];
   }
 }
