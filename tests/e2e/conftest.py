@@ -1,5 +1,13 @@
+"""Fixtures of the end-to-end tests.
+
+`SKV_EMULATED_CUDA`: path of build/emulation/libskv_emulated.so. Then the ops with a CUDA kernel run
+that kernel, on the emulator of tests/emulation, and the tests marked with `on_devices` also run on
+a model as it is on CUDA, in bfloat16.
+"""
+
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -16,8 +24,17 @@ from stateful_kv.models.llama import LlamaModel
 from tests.e2e.tiny import COSTS, ByteTokenizer, DenseForm, Recorder, tiny_llama
 
 MakeEngine = Callable[..., Engine]
-# Dense weights: float32 on the CPU, bfloat16 on CUDA.
-DENSE = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
+if EMULATED_CUDA := os.environ.get("SKV_EMULATED_CUDA"):
+    torch.ops.load_library(EMULATED_CUDA)
+
+# Dense weights: float32 on the CPU, bfloat16 on CUDA and its emulator.
+CUDA = (
+    pytest.param("cuda", marks=pytest.mark.cuda),
+    pytest.param(
+        "emulated", marks=pytest.mark.skipif(not EMULATED_CUDA, reason="no SKV_EMULATED_CUDA")
+    ),
+)
+DENSE = ("cpu", *CUDA)
 on_devices = pytest.mark.parametrize("llama", ["packed", *DENSE], indirect=True)
 
 
@@ -26,8 +43,9 @@ def model_in(form: str) -> LlamaModel:
     """A tiny random model; it has no state, so all tests may share it."""
     if form == "packed":
         return tiny_llama()
+    device = "cuda" if form == "cuda" else "cpu"
     dtype = torch.float32 if form == "cpu" else torch.bfloat16
-    return tiny_llama(form=DenseForm(form, dtype))
+    return tiny_llama(form=DenseForm(device, dtype))
 
 
 @pytest.fixture
@@ -54,9 +72,10 @@ def make_engine(llama: LlamaModel) -> Iterator[MakeEngine]:
         model: Any = None, tokenizer: Any = None, cost_curve: CostChoice = COSTS, **config: Any
     ) -> Engine:
         config = {"kv_tokens": 4096, "page_size": 16, **config}
-        if model is None and llama.device.type == "cuda":
+        if model is None:
             config["device"] = str(llama.device)
-            if config.get("kv_dtype") == "float16":  # a test's word for 16 bits
+            # What tests mean by float16, and what the CPU takes, is KV in 16 bits.
+            if llama.dtype == torch.bfloat16 and config.get("kv_dtype", "float16") == "float16":
                 config["kv_dtype"] = "bfloat16"
         model = Recorder(llama if model is None else model)
         tokenizer = tokenizer or ByteTokenizer()

@@ -17,7 +17,7 @@ from stateful_kv.cache import DTYPES
 from stateful_kv.engine import Engine
 from stateful_kv.models.llama import LlamaModel
 from stateful_kv.session import Session
-from tests.e2e.conftest import MakeEngine, on_devices
+from tests.e2e.conftest import CUDA, MakeEngine, on_devices
 from tests.e2e.tiny import Recorder, rows_from_scratch
 
 MESSAGES = ("list the files, please", "read a.txt and read a.txt again", "ok", "now write b.txt")
@@ -46,7 +46,8 @@ def recorder(engine: Engine) -> Recorder:
         *itertools.product(["packed"], ["int8"], [1, 2], [1, 7, 1024]),
         *itertools.product(["cpu"], ["float16", "float32", "int8"], [1], [1, 7, 1024]),
         *(
-            pytest.param("cuda", kv_dtype, 1, size, marks=pytest.mark.cuda)
+            pytest.param(*one.values, kv_dtype, 1, size, marks=one.marks)
+            for one in CUDA
             for kv_dtype, size in itertools.product(["bfloat16", "int8"], [1, 7, 16, 1024])
         ),
     ],
@@ -92,7 +93,11 @@ def test_page_size_does_not_matter(make_engine: MakeEngine, page_size: int, kv_d
         ("packed", {}, 3, "float16"),
         ("packed", PENALISED, 3, "float16"),
         *(("cpu", sampling, 1, "float16") for sampling in SETTINGS),
-        *(pytest.param("cuda", one, 1, "bfloat16", marks=pytest.mark.cuda) for one in SETTINGS),
+        *(
+            pytest.param(*one.values, sampling, 1, "bfloat16", marks=one.marks)
+            for one in CUDA
+            for sampling in SETTINGS
+        ),
     ],
     indirect=["llama"],
 )

@@ -179,6 +179,28 @@ class TestForward:
         assert torch.equal(logits.gather(1, ids), values)
         assert torch.equal(values, logits.sort(dim=1, descending=True).values[:, :k])
 
+    def test_rows_are_padded_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The products get row counts that all of them allow, from the batch on."""
+        model = tiny_llama(form=DenseForm())
+        seen: list[int] = []
+        product = DenseLinear._product
+
+        def note(linear: DenseLinear, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.shape[0])
+            return product(linear, x)
+
+        monkeypatch.setattr(DenseLinear, "_product", note)
+        cache = tiny.plain_cache(model.config, num_pages=8)
+        for sizes, all_rows in (([3, 1], False), ([1], False), ([65], True), ([33, 2], False)):
+            seen.clear()
+            tokens = [[7] * size for size in sizes]
+            batch = tiny.plain_batch(cache, tokens, [0] * len(sizes), all_rows)
+            assert model.forward(batch, cache).shape == (len(batch.logit_rows), 272)
+            num_rows = model.padded_rows(len(batch.logit_rows))
+            assert seen == [model.padded_rows(sum(sizes))] * 5 + [num_rows] * 4
+            assert all(counts.padded(n) == n for n in seen for counts in model.row_counts.values())
+        assert tiny_llama().padded_rows(3) == 3
+
     def test_a_model_says_where_and_in_what_it_computes(self) -> None:
         dense = tiny_llama(form=DenseForm(dtype=torch.bfloat16))
         assert (dense.device, dense.dtype) == (CPU, torch.bfloat16)

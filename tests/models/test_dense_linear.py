@@ -12,7 +12,7 @@ from torch import Tensor
 from stateful_kv import ops
 from stateful_kv.models import dense_linear
 from stateful_kv.models.dense_linear import DenseLinear, RowCountTable
-from stateful_kv.models.row_counts import CANDIDATES, RowCounts, cancelling_inputs, probe
+from stateful_kv.models.row_counts import CANDIDATES, RowCounts, cancelling_inputs, common, probe
 
 WIDTH = 96
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -146,6 +146,13 @@ class TestBlocks:
             assert set(blocks) <= set(allowed)
             assert sum(blocks[:-1]) < num_rows <= sum(blocks)
             assert list(blocks) == sorted(blocks, reverse=True)
+
+    def test_what_all_allow(self) -> None:
+        one, other = RowCounts(64, (1, 32, 64)), RowCounts(64, (1, 2, 64, 128))
+        assert common([one, other]) == RowCounts(64, (1, 64))
+        assert common([one]).allowed == one.allowed
+        assert common([one, RowCounts(16, (16,))]) is None
+        assert common([]) is None
 
     @pytest.mark.parametrize("allowed", [(), (1, 2), (64, 32), (0, 64), (64, 64)])
     def test_impossible_counts_are_refused(self, allowed: tuple[int, ...]) -> None:

@@ -79,12 +79,13 @@ class DenseLinear:
             ids: int64[N, k], largest first, of equals the lowest first, NaN before all.
             values: float32[N, k].
         """
-        logits = self(x, norm_weight=norm_weight, norm_eps=norm_eps).float()
+        logits = self(x, norm_weight=norm_weight, norm_eps=norm_eps)
         if k == 1:
-            ids, values = ops.argmax(logits)
+            # The kernel of the CPU reads float32 only.
+            ids, values = ops.argmax(logits if logits.is_cuda else logits.float())
             return ids[:, None], values[:, None]
         # Not torch.topk: it promises no order of equals.
-        values, ids = torch.sort(logits, dim=1, descending=True, stable=True)
+        values, ids = torch.sort(logits.float(), dim=1, descending=True, stable=True)
         return ids[:, :k].contiguous(), values[:, :k].contiguous()
 
     def _product(self, x: Tensor) -> Tensor:

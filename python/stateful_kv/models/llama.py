@@ -9,7 +9,7 @@ activations) or dense (on any device, activations in their dtype).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -20,7 +20,7 @@ from stateful_kv.batch import Batch
 from stateful_kv.config import ModelConfig
 from stateful_kv.models.dense_linear import DenseLinear
 from stateful_kv.models.packed_linear import Linear
-from stateful_kv.models.row_counts import RowCounts
+from stateful_kv.models.row_counts import RowCounts, common
 
 Projection = Linear | DenseLinear
 
@@ -126,6 +126,8 @@ class LlamaModel:
         parts = [layer.tensors() for layer in weights.layers]
         # None where a file stores projections of one input in several formats.
         self._flat = None if None in parts else [t for part in parts if part for t in part]
+        # None with packed weights, and where no row count suits all products.
+        self._rows = common(list(self.row_counts.values()))
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +165,8 @@ class LlamaModel:
         """
         hidden = self._run_layers(batch, cache)
         eps = self.config.rms_norm_eps
-        return self.weights.head(hidden, norm_weight=self.weights.norm, norm_eps=eps).float()
+        logits = self.weights.head(hidden, norm_weight=self.weights.norm, norm_eps=eps)
+        return logits[: batch.logit_rows.shape[0]].float()
 
     @torch.no_grad()
     def forward_top_k(self, batch: Batch, cache: LayeredCache, k: int) -> tuple[Tensor, Tensor]:
@@ -182,15 +185,45 @@ class LlamaModel:
             IndexError: a token id outside [0, V); on the CPU only, elsewhere they are trusted.
         """
         hidden = self._run_layers(batch, cache)
-        return self.weights.head.top_k(hidden, k, self.weights.norm, self.config.rms_norm_eps)
+        eps, num_rows = self.config.rms_norm_eps, batch.logit_rows.shape[0]
+        ids, values = self.weights.head.top_k(hidden, k, self.weights.norm, eps)
+        return ids[:num_rows], values[:num_rows]
+
+    def padded_rows(self, num_rows: int) -> int:
+        """Rows that are computed in all where `num_rows` are asked for; more with dense weights."""
+        return num_rows if self._rows is None else self._rows.padded(num_rows)
 
     def _run_layers(self, batch: Batch, cache: LayeredCache) -> Tensor:
-        """Embedding and layers: [R, E], before the last norm; no step of it waits for a device."""
+        """Embedding and layers: [R or more, E], before the last norm.
+
+        Nothing here waits for a device, and all shapes follow from those of the arguments.
+        """
+        batch = self._padded(batch)
         x = self.weights.embedding.index_select(0, batch.token_ids)
         if isinstance(self.weights.head, DenseLinear):
             return self._run_dense(x, batch, cache)
         run = self._run_ops if self._flat is None else self._run_fused
         return run(x, batch, cache)
+
+    def _padded(self, batch: Batch) -> Batch:
+        """The batch with rows of no sequence behind its own, as many as the products would add.
+
+        Added once here they are not added again before each product. They write no KV.
+        """
+        num_tokens, num_rows = batch.num_tokens, batch.logit_rows.shape[0]
+        more_tokens = self.padded_rows(num_tokens) - num_tokens
+        more_rows = self.padded_rows(num_rows) - num_rows
+        pad = torch.nn.functional.pad
+        if more_tokens:
+            batch = replace(
+                batch,
+                token_ids=pad(batch.token_ids, (0, more_tokens)),
+                positions=pad(batch.positions, (0, more_tokens)),
+                slots=pad(batch.slots, (0, more_tokens), value=-1),
+            )
+        if more_rows:
+            batch = replace(batch, logit_rows=pad(batch.logit_rows, (0, more_rows)))
+        return batch
 
     def _run_fused(self, x: Tensor, batch: Batch, cache: LayeredCache) -> Tensor:
         """All layers in one op: float32[N, E] -> float32[R, E]."""
@@ -248,10 +281,11 @@ class LlamaModel:
         return x if change is None else x.add_(change)
 
     def _add_and_norm(self, x: Tensor, change: Tensor | None, weight: Tensor) -> Tensor:
-        """Adds `change` to x in place and returns the norm of the sum."""
-        if change is not None:
-            x.add_(change)
-        return ops.rms_norm(x, weight, self.config.rms_norm_eps)
+        """Adds `change` to x in place and returns the norm of the sum, in one pass."""
+        eps = self.config.rms_norm_eps
+        if change is None:
+            return ops.rms_norm(x, weight, eps)
+        return ops.rms_norm(change, weight, eps, residual=x)
 
     def _attend(
         self, layer: LayerWeights, qkv: Tensor, batch: Batch, cache: LayeredCache, index: int

@@ -62,6 +62,13 @@ class RowCounts:
         return f"{', '.join(map(str, self.allowed))} as {self.reference}"
 
 
+def common(counts: Sequence[RowCounts]) -> RowCounts | None:
+    """The row counts that all of these allow; None if there are none."""
+    sets = [set(one.allowed) for one in counts]
+    allowed = tuple(sorted(set.intersection(*sets))) if sets else ()
+    return RowCounts(allowed[-1], allowed) if allowed else None
+
+
 def probe(product: Callable[[Tensor], Tensor], samples: Sequence[Tensor]) -> RowCounts:
     """Finds the row counts at which rows have the bits of the reference.
 
