@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-.venv/bin/python}"
-python=$(command -v "$python")
+python=$(command -v "$python") || { echo "error: ${PYTHON:-.venv/bin/python}: no such interpreter" >&2; exit 1; }
 mkdir -p build
 exec 9>build/dev.lock
 flock 9
