@@ -15,9 +15,7 @@
 # SKV_GPU_WEIGHTS   what scripts/gpu_weights.sh unpacked: an entry of PYTHONPATH with the weights
 # SKV_GPU_LIMITS    other time limits in seconds, such as "build=300 gpu-tests=60"
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-. scripts/common.sh
-
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 smoke=0 only="" out=""
 usage="usage: scripts/gpu_check.sh [--smoke] [--only STAGE,...] OUTPUT_DIR"
 while [ "$#" -gt 0 ]; do
@@ -38,6 +36,8 @@ while [ "$#" -gt 0 ]; do
 done
 [ -n "$out" ] || die "$usage"
 out=$(absolute "$out")
+[ -z "${SKV_GPU_WEIGHTS:-}" ] || SKV_GPU_WEIGHTS=$(absolute "$SKV_GPU_WEIGHTS")
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD/python:$PWD${SKV_GPU_WEIGHTS:+:$SKV_GPU_WEIGHTS}${PYTHONPATH:+:$PYTHONPATH}"

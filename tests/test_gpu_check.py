@@ -71,8 +71,9 @@ class Machine:
             **dict.fromkeys(("FAKE_MISSING", "FAKE_HANG", "FAKE_FAIL", "SKV_GPU_LIMITS"), ""),
         }
         return subprocess.run(
-            [str(self.folder / "scripts" / "gpu_check.sh"), *args, str(self.out)],
+            [str(self.folder / "scripts" / "gpu_check.sh"), *args, f"{self.folder.name}/out"],
             capture_output=True, text=True, env={**os.environ, **own, **variables}, timeout=280,
+            cwd=self.folder.parent,
         )  # fmt: skip
 
     @property

@@ -2,13 +2,15 @@
 
 A step takes new tokens of one sequence through all layers to the likeliest next token of each:
 one token (decode), or eight (verify). It runs as the engine runs it: dense weights in bf16, KV in
-pages, everything in a CUDA graph. Each weight must be read once, so the floor of a step is their
-bytes over the copy bandwidth. SmolLM2 has its own weights, the shapes of Llama 3 have random ones.
+pages, everything in a CUDA graph. A third case is a reply through the engine itself. Each weight must
+be read once, so the floor of a step is their bytes over the copy bandwidth. SmolLM2 has its own
+weights, the shapes of Llama 3 have random ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Case, Check, Settings, Trial, Work
-from bench.suites import on_device
+from bench.suites import gpu_engine, on_device
+from bench.suites.gpu_engine import LetterTokenizer
 from stateful_kv._native import check_device
 from stateful_kv.batch import Batch
 from stateful_kv.cache import KVCache
@@ -167,12 +170,23 @@ def _setup(name: str, rows: int, settings: Settings) -> Trial:
     )
 
 
+def _setup_engine(name: str, stack: ExitStack, settings: Settings) -> Trial:
+    model = load(name, settings.device)
+    is_real = name == REAL
+    tokenizer = on_device.load(settings.device).tokenizer if is_real else LetterTokenizer()
+    step_work = work_of(model.config, 1, model.dtype.itemsize)
+    return gpu_engine.setup(model, tokenizer, CONTEXT, step_work, stack, settings)
+
+
 def cases(settings: Settings, names: list[str]) -> Iterator[Case]:
     """Model by model, so that each is loaded once."""
     for name in names:
         for kind, rows in ROWS.items():
             axes: dict[str, int | float | str] = {"rows": rows, "context": CONTEXT}
             yield Case(f"{name}_{kind}", axes, partial(_setup, name, rows))
+        with ExitStack() as stack:  # what the case opens is closed when the next one is asked for
+            setup = partial(_setup_engine, name, stack)
+            yield Case(f"{name}_engine", {"rows": 1, "context": CONTEXT}, setup)
 
 
 def run(settings: Settings, roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:

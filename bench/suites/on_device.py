@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from stateful_kv.config import EngineConfig
 from stateful_kv.engine import Engine
 from stateful_kv.models.loading import LoadedModel, load_model
@@ -9,6 +11,7 @@ from stateful_kv.models.loading import LoadedModel, load_model
 MODEL = "smollm2"
 
 
+@lru_cache(maxsize=1)
 def load(device: str) -> LoadedModel:
     """The default model; on a CUDA device in bf16."""
     return load_model(MODEL, device=device)

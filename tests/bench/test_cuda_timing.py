@@ -158,6 +158,10 @@ def test_headlines():
     assert targets.words(targets.headline(time)) == (
         "12 us (asked: <= 15, then 11): first target met"
     )
+    reply = _result(
+        suite="gpu_model", name="llama_1b_engine", ours={"median": 0.0512}, units_per_call=64
+    )
+    assert targets.headline(reply)["value"] == pytest.approx(0.8e-3)
     workflow = _result(
         suite="gpu_workflow", name="later_turn", axes={"workflow": "coding35"},
         peer_name="transformers", ratio={"median": 9.0}, ratio_of_medians=7.9,

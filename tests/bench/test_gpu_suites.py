@@ -209,7 +209,13 @@ def test_flashinfer_is_asked_right(monkeypatch):
 def test_model_runs_in_little(tmp_path):
     document = run_suite("gpu_model", tmp_path)
     assert "failed" not in document
-    decode, verify = document["results"]
+    decode, verify, engine = document["results"]
+    assert (engine["name"], engine["unit"], engine["units_per_call"]) == (
+        "small_engine",
+        "token",
+        8,
+    )
+    assert engine["check"]["bits_equal"] and engine["details"]["steps"] == 8
     assert (decode["name"], decode["peer_name"]) == ("small_decode", None)
     assert (verify["name"], verify["peer_name"]) == ("small_verify_8", "decode_step")
     for one in (decode, verify):
@@ -226,7 +232,7 @@ def test_a_step_that_depends_on_its_rows_is_noticed(monkeypatch):
     monkeypatch.setattr(gpu_model.Step, "run", wrong)
     results: list[dict] = []
     gpu_model.run(SMOKE, ROOF, results.append)
-    assert ["failed" in one for one in results] == [False, True]
+    assert ["failed" in one for one in results] == [False, True, False]
 
 
 @pytest.mark.slow
