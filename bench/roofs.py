@@ -95,13 +95,13 @@ def measure(smoke: bool = False, device: str = "cpu") -> dict[str, Any]:
     return _measure_cuda(smoke) if device == "cuda" else _measure_cpu(smoke)
 
 
-def _measure_cuda(smoke: bool) -> dict[str, Any]:
+def _measure_cuda(smoke: bool, device: str = "cuda") -> dict[str, Any]:
     copy_bytes = 1 << 26 if smoke else MAX_COPY_BYTES
-    source = torch.randint(256, (copy_bytes,), dtype=torch.uint8, device="cuda")
+    source = torch.randint(256, (copy_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy_s = cuda_timing.quick_seconds(lambda: target.copy_(source), MATRIX_REPEATS)
     size = 512 if smoke else 8192
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     cuda_timing.quick_seconds(lambda: torch.mm(a, b), MATRIX_REPEATS)  # until the clocks are up
     mm_s = cuda_timing.quick_seconds(lambda: torch.mm(a, b), MATRIX_REPEATS)
     return {

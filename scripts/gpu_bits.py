@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,17 @@ def _settings(library: str, reduced: bool, device: str) -> Iterator[None]:
         matmul.allow_bf16_reduced_precision_reduction = before[1]
 
 
-def equal_share(weight: torch.Tensor, rows: int, seed: int) -> float:
+def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[M, in] x [out, in] -> [M, out], as the engine calls the library."""
+    return torch.mm(x, weight.t())
+
+
+def equal_share(
+    weight: torch.Tensor,
+    rows: int,
+    seed: int,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = multiply,
+) -> float:
     """Share of outputs with the bits of the 64-row product; rows in blocks of 64 or fewer.
 
     Args:
@@ -59,18 +69,19 @@ def equal_share(weight: torch.Tensor, rows: int, seed: int) -> float:
         rows: of the product that is looked at; 64 rows of the reference begin at every place that
             is a multiple of 64, or `rows` of them are taken from inside.
         seed: of the inputs.
+        product: what is looked at.
     """
     generator = torch.Generator(weight.device).manual_seed(seed)
     count = max(rows, REFERENCE_ROWS)
     shape = (count, weight.shape[1])
     x = torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
-    blocks = [block @ weight.T for block in x.split(REFERENCE_ROWS)]
+    blocks = [product(block, weight) for block in x.split(REFERENCE_ROWS)]
     expected = torch.cat(blocks)
     if rows >= REFERENCE_ROWS:
-        pairs = [(x @ weight.T, expected)]
+        pairs = [(product(x, weight), expected)]
     else:
         starts = sorted({0, 1, (REFERENCE_ROWS - rows) // 2, REFERENCE_ROWS - rows})
-        pairs = [(x[s : s + rows] @ weight.T, expected[s : s + rows]) for s in starts]
+        pairs = [(product(x[s : s + rows], weight), expected[s : s + rows]) for s in starts]
     same = [(a == b).float().mean() for a, b in pairs]
     return float(torch.stack(same).mean())
 

@@ -8,7 +8,7 @@ formulation takes K and V, [S, Hk, L, D], and returns [S, H, n, D].
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,13 @@ BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 AGREE = 2e-2  # relative error between formulations that compute the same
 
 
-def formulations(q: Tensor, kv_heads: int, kv_len: int, scale: float) -> dict[str, Formulation]:
+def formulations(
+    q: Tensor,
+    kv_heads: int,
+    kv_len: int,
+    scale: float,
+    backends: Sequence[SDPBackend] = (),
+) -> dict[str, Formulation]:
     """Ways to say it to torch.
 
     Args:
@@ -34,6 +40,7 @@ def formulations(q: Tensor, kv_heads: int, kv_len: int, scale: float) -> dict[st
         kv_heads: Hk.
         kv_len: L.
         scale: factor of the scores.
+        backends: each is asked for as well, besides the one that torch takes by itself.
     """
     sequences, heads, rows, head_dim = q.shape
     group = heads // kv_heads
@@ -56,10 +63,9 @@ def formulations(q: Tensor, kv_heads: int, kv_len: int, scale: float) -> dict[st
             return sdpa(q, k, v, attn_mask=lower_right, scale=scale, enable_gqa=True)
 
         ways["lower right causal"] = causal
-    if q.is_cuda:
-        for name, way in list(ways.items()):
-            for backend in BACKENDS:
-                ways[f"{name}, {backend.name.lower()}"] = _with_backend(way, backend)
+    for name, way in list(ways.items()):
+        for backend in backends:
+            ways[f"{name}, {backend.name.lower()}"] = _with_backend(way, backend)
     return ways
 
 
@@ -72,24 +78,24 @@ def _with_backend(way: Formulation, backend: SDPBackend) -> Formulation:
 
 
 def quickest(
-    ways: dict[str, Formulation], k: Tensor, v: Tensor
+    ways: dict[str, Formulation],
+    k: Tensor,
+    v: Tensor,
+    seconds_of: Callable[[Callable[[], object]], float] = cuda_timing.quick_seconds,
 ) -> tuple[str, Formulation, dict[str, float]]:
     """The quickest of those that run and agree with the first one.
 
     Returns:
         name: of the way.
         call: the way.
-        seconds: of each on the device; empty on the CPU, where the first is taken.
+        seconds: of each.
     """
-    names = list(ways)
-    expected = ways[names[0]](k, v)
-    if not k.is_cuda:
-        return names[0], ways[names[0]], {}
+    expected = next(iter(ways.values()))(k, v)
     seconds = {}
     for name, way in ways.items():
         try:
             if relative_error(way(k, v), expected) <= AGREE:
-                seconds[name] = cuda_timing.quick_seconds(lambda call=way: call(k, v))
+                seconds[name] = seconds_of(lambda call=way: call(k, v))
         except RuntimeError:
             continue  # this backend does not take these shapes
     best = min(seconds, key=seconds.__getitem__)

@@ -135,10 +135,15 @@ class _Peers:
 
     def _sdpa(self) -> Call:
         inputs, shape = self._inputs, self._inputs.shape
+        on_cuda = inputs.q.is_cuda
+        backends = torch_attention.BACKENDS if on_cuda else ()
         ways = torch_attention.formulations(
-            _queries(inputs), shape.kv_heads, shape.kv_len, shape.scale
+            _queries(inputs), shape.kv_heads, shape.kv_len, shape.scale, backends
         )
-        name, way, seconds = torch_attention.quickest(ways, *inputs.contiguous[0])
+        if on_cuda:
+            name, way, seconds = torch_attention.quickest(ways, *inputs.contiguous[0])
+        else:
+            (name, way), seconds = next(iter(ways.items())), {}
         self.details["torch_sdpa"] = {"peer_setting": name, "seconds_by_setting": seconds}
         return lambda index: way(*inputs.contiguous[index])
 

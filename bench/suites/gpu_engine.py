@@ -1,8 +1,8 @@
 """Cases of the suite `gpu_model` that go through the engine: the time of a token in a long reply.
 
 A call is a turn of a session that has a context: a short message, then a reply. All of it counts,
-on the host's clock: planning, pages, the passes on the device, choosing, detokenising. No drafts, so
-that a token is a step. The session is taken back between calls.
+on the host's clock: planning, pages, the passes on the device, choosing, detokenising. There are no
+drafts, so a token is a step. The session is taken back between calls.
 """
 
 from __future__ import annotations

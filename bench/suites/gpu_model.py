@@ -2,9 +2,9 @@
 
 A step takes new tokens of one sequence through all layers to the likeliest next token of each:
 one token (decode), or eight (verify). It runs as the engine runs it: dense weights in bf16, KV in
-pages, everything in a CUDA graph. A third case is a reply through the engine itself. Each weight must
-be read once, so the floor of a step is their bytes over the copy bandwidth. SmolLM2 has its own
-weights, the shapes of Llama 3 have random ones.
+pages, everything in a CUDA graph. A third case is a reply through the engine itself. Each weight
+must be read once, so the floor of a step is their bytes over the copy bandwidth. SmolLM2 has its
+own weights, the shapes of Llama 3 have random ones.
 """
 
 from __future__ import annotations

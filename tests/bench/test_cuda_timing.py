@@ -191,6 +191,28 @@ def test_targets_are_listed_once_each(tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
 
 
+def test_roofs_of_a_device(monkeypatch):
+    times = iter([0.5, 9.0, 0.25])
+    monkeypatch.setattr(cuda_timing, "quick_seconds", lambda call, _: (call(), next(times))[1])
+    found = roofs._measure_cuda(smoke=True, device="cpu")
+    assert found["copy_bytes_per_s"] == 2 * (1 << 26) / 0.5
+    assert found["bf16_flops_per_s"] == 2 * 512**3 / 0.25
+    assert roofs.limits(found) == (found["copy_bytes_per_s"], found["bf16_flops_per_s"])
+
+
+def test_what_a_device_is(monkeypatch):
+    properties = SimpleNamespace(
+        name="A GPU", major=9, minor=0, multi_processor_count=132, L2_cache_size=60 << 20,
+        total_memory=1 << 37,
+    )  # fmt: skip
+    fake = SimpleNamespace(current_device=lambda: 0, get_device_properties=lambda _: properties)
+    version = SimpleNamespace(cuda="13.0")
+    monkeypatch.setattr(cuda_timing, "torch", SimpleNamespace(cuda=fake, version=version))
+    assert json.loads(json.dumps(cuda_timing.machine()))["capability"] == "9.0"
+    # Rotating inputs must be more than twice as large as L2.
+    assert Settings(device="cuda").cold_bytes > 2 * (60 << 20)
+
+
 def test_roofs_of_a_device_are_shown():
     assert roofs.describe(CUDA_ROOF) == "copy 4.00 TB/s, bf16 800 TFLOP/s (cuBLAS)"
     assert roofs.limits(CUDA_ROOF) == (4e12, 8e14)

@@ -129,6 +129,28 @@ def test_reference_and_formulations_of_torch_agree_with_ours():
     assert torch.equal(last, ours[3::4])
 
 
+def test_the_quickest_formulation_that_is_right_is_taken():
+    inputs = inputs_of(SHAPE)
+    q, k, v = gpu_attention._queries(inputs), *inputs.contiguous[0]
+    math = [torch.nn.attention.SDPBackend.MATH]
+    ways = torch_attention.formulations(q, SHAPE.kv_heads, SHAPE.kv_len, SHAPE.scale, math)
+    assert len(ways) == 6 and "gqa, math" in ways
+
+    def refuse(k, v):
+        raise RuntimeError("no available kernel")
+
+    wrong = {"wrong": lambda k, v: 1.1 * ways["gqa"](k, v), "refused": refuse}
+    times = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
+
+    def seconds_of(call):
+        assert call().shape == q.shape
+        return next(times)
+
+    name, way, seconds = torch_attention.quickest({**ways, **wrong}, k, v, seconds_of)
+    assert name == list(ways)[1] and way is ways[name]
+    assert list(seconds) == list(ways)
+
+
 def test_relative_error_sees_nan():
     good = torch.ones(3)
     assert not torch_attention.relative_error(good * float("nan"), good) <= 1e9
