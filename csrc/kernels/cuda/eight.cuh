@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "csrc/kernels/cuda/element.cuh"
+#include "csrc/kernels/cuda/ptx.cuh"
 #include "csrc/kernels/params.h"
 
 namespace skv::cuda {
@@ -61,21 +62,21 @@ __device__ __forceinline__ Eight load8_of(const T* source, Extent extent) {
 
 template <typename T>
 __device__ __forceinline__ void store8_to(T* target, Extent extent, const Eight& eight) {
-  if (extent.is_vector) {
-#pragma unroll
-    for (int pack = 0; pack < kEight / Pack<T>::kCount; ++pack) {
-      Pack<T> stored;
-#pragma unroll
-      for (int i = 0; i < Pack<T>::kCount; ++i) {
-        stored.values[i] = from_float<T>(eight.values[pack * Pack<T>::kCount + i]);
-      }
-      reinterpret_cast<Pack<T>*>(target)[pack] = stored;
-    }
-  } else {
+  const float* values = eight.values;
+  if (!extent.is_vector) {
 #pragma unroll
     for (int i = 0; i < kEight; ++i) {
-      if (i < extent.count) target[i] = from_float<T>(eight.values[i]);
+      if (i < extent.count) target[i] = from_float<T>(values[i]);
     }
+  } else if constexpr (sizeof(T) == 2) {
+    // __stcg is one instruction; a plain assignment the compiler may take apart.
+    __stcg(reinterpret_cast<uint4*>(target),
+           make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
+                      pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7])));
+  } else {
+    auto* quads = reinterpret_cast<float4*>(target);
+    __stcg(quads, make_float4(values[0], values[1], values[2], values[3]));
+    __stcg(quads + 1, make_float4(values[4], values[5], values[6], values[7]));
   }
 }
 
