@@ -82,6 +82,8 @@ def difficult_rows(count: int, head_dim: int) -> Tensor:
     rows[6, 0, 1] = float("inf")
     rows[7, 1, head_dim - 1] = float("nan")
     rows[8] = torch.finfo(torch.float32).max
+    rows[10] = 190 * 2.0**-149  # the scale rounds to 2^-149: 190 steps, of which 127 fit
+    rows[10, 1] *= -1
     return rows
 
 
