@@ -86,7 +86,7 @@ class ByteTokenizer:
         return ids
 
 
-def tiny_config(num_layers: int = 2, max_position: int = 2048) -> ModelConfig:
+def tiny_config(num_layers: int = 2, max_position: int = 2048, head_dim: int = 32) -> ModelConfig:
     return ModelConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
@@ -94,7 +94,7 @@ def tiny_config(num_layers: int = 2, max_position: int = 2048) -> ModelConfig:
         num_layers=num_layers,
         num_heads=4,
         num_kv_heads=2,
-        head_dim=32,
+        head_dim=head_dim,
         max_position=max_position,
     )
 
@@ -140,12 +140,15 @@ class DenseForm:
 
 
 def tiny_llama(
-    seed: int = 0, max_position: int = 2048, form: PackedForm | DenseForm | None = None
+    seed: int = 0,
+    max_position: int = 2048,
+    form: PackedForm | DenseForm | None = None,
+    head_dim: int = 32,
 ) -> LlamaModel:
     """A random Llama, its head bent so that text runs in circles for a while; int8 weights if no
     other form is given.
     """
-    config = tiny_config(max_position=max_position)
+    config = tiny_config(max_position=max_position, head_dim=head_dim)
     random = torch.Generator().manual_seed(seed)
     form = form or PackedForm()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,13 @@ from stateful_kv.engine import Engine
 from stateful_kv.errors import DeviceUnavailableError, ModelLoadError
 from stateful_kv.models import dense_weights, hf_folder, loading
 from stateful_kv.models.dense_linear import DenseLinear
-from stateful_kv.models.dense_weights import DenseBuilder, check_memory, weight_bytes
+from stateful_kv.models.dense_weights import (
+    CUDA_HEAD_DIMS,
+    DenseBuilder,
+    check_kernels,
+    check_memory,
+    weight_bytes,
+)
 from stateful_kv.models.llama import LlamaModel
 from stateful_kv.models.loading import load_model
 from stateful_kv.models.weights import build_weights
@@ -23,6 +30,7 @@ from tests.models import tiny
 from tests.models.prompts import PROMPTS
 from tests.models.test_small_models import CASES, save_model
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
@@ -111,6 +119,18 @@ class TestLoading:
             message = f"m: its weights in torch.bfloat16 take {wanted} bytes, but cuda:1 has only"
             with pytest.raises(ModelLoadError, match=f"{message} {free} bytes free"):
                 check_memory(config, torch.bfloat16, torch.device("cuda:1"), "m")
+
+    def test_heads_without_a_kernel_on_cuda(self) -> None:
+        text = (ROOT / "csrc/kernels/cuda/kernels.h").read_text()
+        built = re.search(r"HeadDims = std::integer_sequence<int, ([\d, ]+)>", text)
+        assert built is not None
+        assert built[1] == ", ".join(map(str, CUDA_HEAD_DIMS))
+        cuda = torch.device("cuda:0")
+        check_kernels(replace(tiny_config(), head_dim=96), cuda, "m")
+        check_kernels(tiny_config(), CPU, "m")
+        message = "m: head_dim: expected one of (64, 96, 128, 256) on cuda:0, got 32"
+        with pytest.raises(ModelLoadError, match=re.escape(message)):
+            check_kernels(tiny_config(), cuda, "m")
 
     def test_memory_that_runs_out_on_the_way_is_a_load_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

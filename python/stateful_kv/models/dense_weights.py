@@ -13,6 +13,8 @@ from stateful_kv.errors import ModelLoadError
 from stateful_kv.models.dense_linear import DenseLinear, RowCountTable
 from stateful_kv.models.weights import WeightSource
 
+# As `HeadDims` in csrc/kernels/cuda/kernels.h.
+CUDA_HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -86,6 +88,14 @@ class DenseBuilder:
             result[start : start + piece.shape[0]] = converted
             start += piece.shape[0]
         return result
+
+
+def check_kernels(config: ModelConfig, device: torch.device, name: str) -> None:
+    """ModelLoadError if the attention of CUDA is not built for this model."""
+    if device.type == "cuda" and config.head_dim not in CUDA_HEAD_DIMS:
+        raise ModelLoadError(
+            f"{name}: head_dim: expected one of {CUDA_HEAD_DIMS} on {device}, got {config.head_dim}"
+        )
 
 
 def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, name: str) -> None:

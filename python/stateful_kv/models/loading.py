@@ -15,7 +15,12 @@ from stateful_kv._native import check_device
 from stateful_kv.config import ModelConfig
 from stateful_kv.errors import ModelLoadError, ModelNotFoundError
 from stateful_kv.models import gguf_model, gguf_tokenizer, hf_folder
-from stateful_kv.models.dense_weights import DTYPES, DenseBuilder, check_memory
+from stateful_kv.models.dense_weights import (
+    DTYPES,
+    DenseBuilder,
+    check_kernels,
+    check_memory,
+)
 from stateful_kv.models.gguf_file import GGUFFile
 from stateful_kv.models.llama import LlamaModel
 from stateful_kv.models.weights import (
@@ -207,6 +212,7 @@ def _assemble(
         digest.update(piece)
     builder: WeightBuilder
     if form.weight_format == "dense":
+        check_kernels(config, form.device, name)
         check_memory(config, form.dtype, form.device, name)
         builder = DenseBuilder(source, form.dtype, form.device)
     else:
