@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,41 @@ class TestUnavailable:
             cache._make_pools((1, 4, 1, 16, 32), torch.bfloat16, torch.device("cuda:0"))
         assert "the free memory of cuda:0 (1000 bytes)" in str(caught.value)
         assert "4 pages of 16 tokens (8192 bytes)" in str(caught.value)
+
+
+class TestLoading:
+    @pytest.mark.parametrize(
+        ("arguments", "kv_dtype"),
+        [
+            ({}, "float16"),
+            ({"device": "cuda:1"}, "bfloat16"),
+            ({"device": "cuda:1", "dtype": "float16"}, "float16"),
+            ({"device": "cuda:1", "dtype": "float16", "kv_dtype": "int8"}, "int8"),
+            ({"device": "cuda:1", "dtype": "float32"}, "bfloat16"),
+        ],
+    )
+    def test_the_model_is_loaded_where_the_engine_is(
+        self, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, str], kv_dtype: str
+    ) -> None:
+        asked: list[object] = []
+
+        def load(name: str, weight_format: str, *, device: str, dtype: str) -> SimpleNamespace:
+            asked.append((name, weight_format, device, dtype))
+            return SimpleNamespace(model="a model", tokenizer="its tokenizer")
+
+        def init(
+            self: Engine, model: str, tokenizer: str, config: EngineConfig, **_: object
+        ) -> None:
+            asked.append((model, tokenizer, config.device, config.kv_dtype))
+
+        monkeypatch.setattr("stateful_kv.models.loading.load_model", load)
+        monkeypatch.setattr(Engine, "__init__", init)
+        Engine.load("m", weight_format="dense", **arguments)
+        device, dtype = arguments.get("device", "cpu"), arguments.get("dtype", "auto")
+        assert asked == [
+            ("m", "dense", device, dtype),
+            ("a model", "its tokenizer", device, kv_dtype),
+        ]
 
 
 class TestCopies:

@@ -230,21 +230,26 @@ class TestForward:
 
 
 @pytest.mark.slow
-def test_the_default_model_dense() -> None:
-    """Float32 products of the library against our own, on the same weights."""
-    dense, packed = load_model("smollm2", "dense"), load_model("smollm2", "fp32")
+@pytest.mark.parametrize(
+    ("device", "tolerance"), [("cpu", 1e-4), pytest.param("cuda", 0.05, marks=pytest.mark.cuda)]
+)
+def test_the_default_model_dense(device: str, tolerance: float) -> None:
+    """Products of the library against our own of the same weights in float32 and on the CPU."""
+    dense, packed = load_model("smollm2", "dense", device=device), load_model("smollm2", "fp32")
     tokens = dense.tokenizer.render_start([{"role": "user", "content": PROMPTS[0] * 4}]).tolist()
 
     def logits(model: LlamaModel, sizes: list[int]) -> torch.Tensor:
-        cache = tiny.plain_cache(model.config, num_pages=len(tokens) // 16 + 1)
+        options = {"dtype": model.dtype, "device": model.device}
+        cache = tiny.plain_cache(model.config, len(tokens) // 16 + 1, **options)
         rows, start = [], 0
         for size in [*sizes, len(tokens) - sum(sizes)]:
             batch = tiny.plain_batch(cache, [tokens[start : start + size]], [start])
-            rows.append(model.forward(batch, cache))
+            rows.append(model.forward(batch.to(model.device), cache))
             start += size
-        return torch.cat(rows)
+        return torch.cat(rows).cpu()
 
-    whole = logits(dense.model, [])
-    assert (whole - logits(packed.model, [])).abs().max() < 1e-3
+    whole, expected = logits(dense.model, []), logits(packed.model, [])
+    # In bfloat16 the difference is some 3 % of the spread of the logits.
+    assert (whole - expected).std() < tolerance * expected.std()
     for sizes in ([1, 2, 3, 4, 5], [17, 1, 1, 8, 1], [len(tokens) - 1]):
         assert torch.equal(logits(dense.model, sizes), whole)

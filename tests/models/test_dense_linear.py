@@ -26,7 +26,7 @@ def one_thread() -> None:
 
 
 def bits(tensor: Tensor) -> list[bytes]:
-    return [bytes(row.view(torch.uint8).tolist()) for row in tensor.contiguous()]
+    return [row.tobytes() for row in tensor.contiguous().view(torch.uint8).cpu().numpy()]
 
 
 def sum_in_order(x: Tensor, order: int) -> Tensor:
@@ -163,13 +163,24 @@ class TestBlocks:
 class TestDenseLinear:
     @pytest.mark.parametrize("has_bias", [False, True])
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("device", "shape"),
+        [
+            ("cpu", (160, WIDTH)),
+            # Of the default model, and of one with a billion weights.
+            pytest.param("cuda", (960, 576), marks=pytest.mark.cuda),
+            pytest.param("cuda", (2048, 8192), marks=pytest.mark.cuda),
+        ],
+    )
     def test_a_row_has_the_same_bits_among_any_others(
-        self, dtype: torch.dtype, has_bias: bool
+        self, device: str, shape: tuple[int, int], dtype: torch.dtype, has_bias: bool
     ) -> None:
-        weight = torch.randn(160, WIDTH).to(dtype)
-        bias = torch.randn(160).to(dtype) if has_bias else None
+        options = {"dtype": dtype, "device": device}
+        weight = torch.randn(shape).to(**options)
+        bias = torch.randn(shape[0]).to(**options) if has_bias else None
         layer = RowCountTable().linear(weight, bias)
-        x = torch.randn(300, WIDTH).to(dtype)
+        print(f"{shape} {dtype}: rows {layer.rows}")
+        x = torch.randn(300, shape[1]).to(**options)
         expected = bits(layer(x))
         for count in [*range(1, 34), 63, 64, 65, 100, 128, 129, 192, 257]:
             for start in {0, 1, 300 - count}:

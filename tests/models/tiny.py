@@ -100,9 +100,13 @@ class PlainCache:
         return None, None
 
 
-def plain_cache(config: ModelConfig, num_pages: int, page_size: int = 16) -> PlainCache:
+def plain_cache(
+    config: ModelConfig, num_pages: int, page_size: int = 16, **options: Any
+) -> PlainCache:
+    """Pools of NaN; `options` are the dtype and device of a tensor."""
     shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
-    return PlainCache(torch.full(shape, float("nan")), torch.full(shape, float("nan")))
+    k, v = (torch.full(shape, float("nan"), **options) for _ in range(2))
+    return PlainCache(k, v)
 
 
 def plain_batch(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build/emulation"
+from tests.emulated_run import BUILD, build_emulation, run_emulated
+
 # The order in which the threads of a block run, and whether asynchronous copies are done as late or
 # as early as their waits allow. A missing barrier or wait shows in one of them.
 ORDERS = [("forward", "late"), ("reversed", "early"), ("3", "late"), ("4", "early")]
@@ -20,43 +18,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def child(
-    arguments: list[str], order: str = "forward", copies: str = "late"
-) -> subprocess.CompletedProcess[str]:
-    """A process in which the emulated kernels are those of CPU tensors."""
-    emulation = {
-        "SKV_EMULATED_CUDA": str(BUILD / "libskv_emulated.so"),
-        "SKV_EMULATION_ORDER": order,
-        "SKV_EMULATION_COPIES": copies,
-    }
-    return subprocess.run(
-        arguments,
-        cwd=ROOT,
-        env={**os.environ, **emulation},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="session", autouse=True)
 def built() -> None:
-    """The library, of the sources as they are now; nothing to do after `make emulation`."""
-    result = subprocess.run(
-        ["scripts/build_emulation.sh"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    build_emulation()
 
 
 @pytest.mark.parametrize(("order", "copies"), ORDERS)
 def test_the_emulator_keeps_its_promises(order: str, copies: str) -> None:
-    result = child([str(BUILD / "skv_emulation_self_test")], order, copies)
+    result = run_emulated([str(BUILD / "skv_emulation_self_test")], order, copies)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "passed" in result.stdout
 
@@ -64,7 +33,7 @@ def test_the_emulator_keeps_its_promises(order: str, copies: str) -> None:
 @pytest.mark.parametrize("part", ["attention", "not attention"])
 def test_op_tests_pass(part: str) -> None:
     options = ["-m", "pytest", "tests/ops", "-q", "-p", "no:cacheprovider", "-k", part]
-    result = child([sys.executable, *options, "-m", "not slow_emulated"])
+    result = run_emulated([sys.executable, *options, "-m", "not slow_emulated"])
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout
 
@@ -72,7 +41,7 @@ def test_op_tests_pass(part: str) -> None:
 def test_results_do_not_depend_on_the_order_of_threads() -> None:
     digests = {}
     for order, copies in ORDERS:
-        result = child([sys.executable, "-m", "tests.ops.digests"], order, copies)
+        result = run_emulated([sys.executable, "-m", "tests.ops.digests"], order, copies)
         assert result.returncode == 0, f"{order}, {copies}: {result.stderr[-4000:]}"
         digests[order, copies] = result.stdout
     expected = digests[ORDERS[0]]
@@ -82,7 +51,7 @@ def test_results_do_not_depend_on_the_order_of_threads() -> None:
 
 
 def test_an_unknown_order_is_refused() -> None:
-    result = child([str(BUILD / "skv_emulation_self_test")], "sideways")
+    result = run_emulated([str(BUILD / "skv_emulation_self_test")], "sideways")
     assert result.returncode != 0
     assert "SKV_EMULATION_ORDER: expected forward, reversed or a number, got 'sideways'" in (
         result.stderr
