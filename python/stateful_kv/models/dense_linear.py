@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from stateful_kv import ops
-from stateful_kv.models.row_counts import RowCounts, cancelling_inputs, probe
+from stateful_kv.models.row_counts import REFERENCE, RowCounts, cancelling_inputs, probe
 
 MAX_ROWS = 1024
 # A CPU takes long for many rows, and computes few at a time.
 MAX_CPU_ROWS = 128
+_MAX_OUTPUTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class RowCountTable:
     def _probe(self, weight: Tensor, bias: Tensor | None) -> RowCounts:
         on_cpu = weight.device.type == "cpu"
         max_rows = self.max_rows or (MAX_CPU_ROWS if on_cpu else MAX_ROWS)
+        # Heads are wide, and few rows want logits: a probe is not to need much memory.
+        max_rows = min(max_rows, max(REFERENCE, _MAX_OUTPUTS // weight.shape[0]))
         # The library looks at shapes, not at values, so another weight and no bias do.
         out_features, width = weight.shape
         samples, other = cancelling_inputs(2 * max_rows, out_features, width, weight.dtype)
