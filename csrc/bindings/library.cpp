@@ -46,6 +46,10 @@ TORCH_LIBRARY(stateful_kv, m) {
       tags);
   m.def("argmax(Tensor logits) -> (Tensor ids, Tensor values)", tags);
   m.def(
+      "sample(Tensor logits, Tensor seeds, Tensor positions, Tensor temperatures, Tensor top_k, "
+      "Tensor top_p, Tensor min_p) -> (Tensor ids, Tensor values)",
+      tags);
+  m.def(
       "ngram_lookup(Tensor tokens, Tensor offsets, int min_n, int max_n, int max_draft, "
       "Tensor? lengths=None) -> (Tensor draft_ids, Tensor num_draft)",
       tags);

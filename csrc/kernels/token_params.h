@@ -44,6 +44,22 @@ struct ArgmaxParams {
   int64_t row_stride;  // elements between rows of logits
 };
 
+struct SampleParams {
+  const void* logits;         // [R, V], float32 or a 16-bit type, V contiguous, V >= 1
+  const int64_t* seeds;       // [R], their 64 bits
+  const int64_t* positions;   // [R], >= 0
+  const float* temperatures;  // [R], >= 0; 0 = the largest logit, lowest index of equals
+  const int32_t* top_k;       // [R], 0 = all
+  const float* top_p;         // [R], in [0, 1]
+  const float* min_p;         // [R], in [0, 1]
+  int64_t* ids;               // [R]; in range also where the value is not finite
+  float* values;              // [R], the row's largest logit; NaN if there is one in the row
+  DType logits_dtype;
+  int64_t num_rows;    // R
+  int64_t vocab_size;  // V, below 2^31
+  int64_t row_stride;  // elements between rows of logits
+};
+
 struct NgramLookupParams {
   const void* tokens;      // [T], int32 or int64
   const int32_t* offsets;  // [S + 1], tokens of sequence s are [offsets[s], offsets[s+1])

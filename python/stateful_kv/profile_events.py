@@ -12,6 +12,7 @@ from typing import IO, Any, NamedTuple
 # What the name of an op of ours contains, and the group it is shown in; the first hit counts.
 KERNEL_GROUPS = (
     ("argmax", "head, arg-max"),
+    ("sample", "head, arg-max"),
     ("top_k", "head, arg-max"),
     ("verify_draft", "head, arg-max"),
     ("ngram_lookup", "token loop"),

@@ -139,6 +139,18 @@ def _argmax() -> Arguments:
     return {"logits": torch.randn(3, 70)}
 
 
+def _sample() -> Arguments:
+    return {
+        "logits": torch.randn(3, 70),
+        "seeds": torch.tensor([5, -1, 2**62]),
+        "positions": torch.tensor([0, 17, 3]),
+        "temperatures": torch.tensor([1.0, 0.0, 0.7]),
+        "top_k": torch.tensor([0, 3, 20], dtype=torch.int32),
+        "top_p": torch.tensor([1.0, 0.5, 0.9]),
+        "min_p": torch.tensor([0.0, 0.1, 0.02]),
+    }
+
+
 def _ngram_lookup() -> Arguments:
     tokens = torch.tensor([1, 2, 3, 1, 2, 9, 9, 9], dtype=torch.int32)
     borders = offsets([5, 0, 3])
@@ -237,6 +249,11 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
         _decoder_layers,
     ),
     "argmax": ("(Tensor logits) -> (Tensor ids, Tensor values)", _argmax),
+    "sample": (
+        "(Tensor logits, Tensor seeds, Tensor positions, Tensor temperatures, Tensor top_k, "
+        "Tensor top_p, Tensor min_p) -> (Tensor ids, Tensor values)",
+        _sample,
+    ),
     "ngram_lookup": (
         "(Tensor tokens, Tensor offsets, int min_n, int max_n, int max_draft, "
         "Tensor? lengths=None) -> (Tensor draft_ids, Tensor num_draft)",

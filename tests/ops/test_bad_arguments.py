@@ -157,6 +157,20 @@ LINEAR: dict[str, dict[str, Change]] = {
     "norm_eps": {"negative": to(-1e-9), "infinite": to(float("inf")), "nan": to(float("nan"))},
 }
 
+NAN, INFINITY = float("nan"), float("inf")
+PER_ROW: dict[str, Change] = {
+    "dtype": dtype(torch.int16),
+    "rank": deeper,
+    "stride": spread,
+    "size": resize(0, 1),
+}
+SHARES: dict[str, Change] = PER_ROW | {
+    "double": dtype(F64),
+    "negative": set_value(1, -0.1),
+    "more than 1": set_value(0, 1.1),
+    "nan": set_value(2, NAN),
+}
+
 BAD: dict[str, dict[str, dict[str, Change]]] = {
     "append_kv": {
         "k": ROWS | {"size": resize(0, 1)},
@@ -368,6 +382,26 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
     },
     "argmax": {
         "logits": {"dtype": dtype(F64), "half": dtype(F16), "rank": flatter, "stride": spread},
+    },
+    "sample": {
+        "logits": {
+            "dtype": dtype(F64),
+            "rank": flatter,
+            "stride": spread,
+            "empty": lambda value: value[:, :0],
+        },
+        "seeds": PER_ROW | {"int": dtype(I32)},
+        "positions": PER_ROW | {"int": dtype(I32), "negative": set_value(2, -1)},
+        "temperatures": PER_ROW
+        | {
+            "double": dtype(F64),
+            "negative": set_value(2, -1.0),
+            "nan": set_value(0, NAN),
+            "infinite": set_value(0, INFINITY),
+        },
+        "top_k": PER_ROW | {"long": dtype(I64), "negative": set_value(1, -1)},
+        "top_p": SHARES,
+        "min_p": SHARES,
     },
     "ngram_lookup": {
         "tokens": {

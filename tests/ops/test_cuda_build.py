@@ -30,6 +30,7 @@ CUDA_OPS = {
     "paged_attention",
     "rms_norm",
     "rope_append_kv",
+    "sample",
     "silu_mul",
     "verify_draft",
 }

@@ -10,6 +10,9 @@
 
 namespace skv::cpu {
 
+// Logits that share one maximum in block_maxima.
+inline constexpr int64_t kSampleBlock = 64;
+
 struct KernelTable {
   const char* isa;
   void (*paged_attention)(const PagedAttentionParams&, ParallelFor);
@@ -23,6 +26,15 @@ struct KernelTable {
   void (*rms_norm)(const RmsNormParams&, ParallelFor);
   void (*silu_mul)(const SiluMulParams&, ParallelFor);
   void (*argmax)(const ArgmaxParams&, ParallelFor);
+  // Parts of sample (sample.h), with the same bits on every instruction set.
+  // Float16 or bfloat16 to float32.
+  void (*widen)(const uint16_t* values, DType dtype, int64_t count, float* wide);
+  // Writes the maximum of every kSampleBlock floats (of a block with NaN: any number) and returns
+  // the largest of all, NaN if there is one.
+  float (*block_maxima)(const float* row, int64_t count, float* maxima);
+  // weights[i] = sample_weight(logits[i], ...) of sample_rule.h; logits <= top, no NaN.
+  void (*sample_weights)(const float* logits, int64_t count, float top, float inverse_temperature,
+                         float* weights);
 };
 
 }  // namespace skv::cpu

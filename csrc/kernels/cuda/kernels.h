@@ -44,6 +44,7 @@ cudaError_t ngram_lookup(const NgramLookupParams& params, cudaStream_t stream);
 cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
 cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);
 cudaError_t rope_append_kv(const RopeAppendKvParams& params, cudaStream_t stream);
+cudaError_t sample(const SampleParams& params, cudaStream_t stream);
 cudaError_t silu_mul(const SiluMulParams& params, cudaStream_t stream);
 cudaError_t verify_draft(const VerifyDraftParams& params, cudaStream_t stream);
 

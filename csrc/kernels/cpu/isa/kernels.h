@@ -15,5 +15,9 @@ void rope_append_kv(const RopeAppendKvParams& params, ParallelFor parallel_for);
 void rms_norm(const RmsNormParams& params, ParallelFor parallel_for);
 void silu_mul(const SiluMulParams& params, ParallelFor parallel_for);
 void argmax(const ArgmaxParams& params, ParallelFor parallel_for);
+void widen(const uint16_t* values, DType dtype, int64_t count, float* wide);
+float block_maxima(const float* row, int64_t count, float* maxima);
+void sample_weights(const float* logits, int64_t count, float top, float inverse_temperature,
+                    float* weights);
 
 }  // namespace skv::cpu::SKV_ISA_NS

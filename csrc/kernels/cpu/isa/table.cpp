@@ -17,6 +17,9 @@ const KernelTable kTable{
     .rms_norm = &rms_norm,
     .silu_mul = &silu_mul,
     .argmax = &argmax,
+    .widen = &widen,
+    .block_maxima = &block_maxima,
+    .sample_weights = &sample_weights,
 };
 
 }  // namespace skv::cpu::SKV_ISA_NS
