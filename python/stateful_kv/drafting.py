@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from stateful_kv import ops
 from stateful_kv._native import _C
 from stateful_kv.costs import CostCurve
 from stateful_kv.ledger import Ledger
-from stateful_kv.sampling import BadLogitsError, Sampler
+from stateful_kv.sampling import BadLogitsError, Sampler, sample_rows
 
 MIN_MATCH = 2
 MAX_MATCH = 8
@@ -275,8 +276,15 @@ class GreedyTokens(NamedTuple):
     values: torch.Tensor
 
 
+# Chooses for candidates of one kind; takes the rows of all of them as one tensor or several.
+Chooser = Callable[..., list[Choice]]
+
+
 def verify(candidates: Sequence[Candidate], output: torch.Tensor | GreedyTokens) -> list[Choice]:
     """Chooses the next tokens of several sequences.
+
+    Neighbours that are chosen for in the same way share one op: plain greedy ones an argmax, plain
+    sampled ones a draw. Those with penalties go one by one.
 
     Args:
         candidates: the sequences.
@@ -288,45 +296,74 @@ def verify(candidates: Sequence[Candidate], output: torch.Tensor | GreedyTokens)
         For each sequence the agreeing start of its draft and one more token, or the error that
         kept it from having them.
     """
+    groups: list[tuple[Chooser, list[Candidate]]]
     if isinstance(output, GreedyTokens):
-        return _choose_greedy(candidates, output)
-    parts = torch.split(output, _num_rows(candidates))
-    return [_choose(candidate, rows) for candidate, rows in zip(candidates, parts, strict=True)]
+        tensors: Sequence[torch.Tensor] = output
+        groups = [(_verify_tokens, list(candidates))]
+    else:
+        tensors = (output,)
+        groups = [(chooser, list(group)) for chooser, group in groupby(candidates, _chooser)]
+    sizes = [sum(_num_rows(group)) for _, group in groups]
+    parts = zip(*(torch.split(tensor, sizes) for tensor in tensors), strict=True)
+    return [
+        choice
+        for (chooser, group), rows in zip(groups, parts, strict=True)
+        for choice in _choose(chooser, group, rows)
+    ]
 
 
 def _num_rows(candidates: Sequence[Candidate]) -> list[int]:
     return [len(candidate.draft) + 1 for candidate in candidates]
 
 
-def _choose(candidate: Candidate, logits: torch.Tensor) -> Choice:
-    """From float32[len(draft) + 1, V], the rows of one candidate."""
-    try:
-        if candidate.sampler.is_plain_greedy:
-            return _verify_plain_greedy([candidate], GreedyTokens(*ops.argmax(logits)))[0]
-        draft, position = candidate.draft, candidate.position
-        return Choice(*candidate.sampler.choose_run(logits.numpy(), draft, position))
-    except Exception as error:
-        return Choice([], error)
+def _chooser(candidate: Candidate) -> Chooser:
+    if candidate.sampler.is_plain_greedy:
+        return _verify_greedy_rows
+    return _verify_draws if candidate.sampler.is_plain_sampled else _verify_runs
 
 
-def _choose_greedy(candidates: Sequence[Candidate], tokens: GreedyTokens) -> list[Choice]:
+def _choose(
+    chooser: Chooser, candidates: Sequence[Candidate], rows: Sequence[torch.Tensor]
+) -> list[Choice]:
     """All candidates at once; if that fails, one by one, to find whose fault it is."""
-    parts = [torch.split(part, _num_rows(candidates)) for part in tokens]
     try:
-        return _verify_plain_greedy(candidates, tokens)
+        return chooser(candidates, *rows)
     except Exception as error:
         if len(candidates) == 1:
             return [Choice([], error)]
+    parts = zip(*(torch.split(tensor, _num_rows(candidates)) for tensor in rows), strict=True)
     return [
         choice
-        for candidate, ids, values in zip(candidates, *parts, strict=True)
-        for choice in _choose_greedy([candidate], GreedyTokens(ids, values))
+        for candidate, part in zip(candidates, parts, strict=True)
+        for choice in _choose(chooser, [candidate], part)
     ]
 
 
-def _verify_plain_greedy(candidates: Sequence[Candidate], tokens: GreedyTokens) -> list[Choice]:
-    """The fast path: one pass over the tokens of all rows."""
-    ids, values = tokens
+def _verify_greedy_rows(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
+    return _verify_tokens(candidates, *ops.argmax(logits))
+
+
+def _verify_draws(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
+    owners = [
+        (one.sampler, range(one.position, one.position + len(one.draft) + 1)) for one in candidates
+    ]
+    return _verify_tokens(candidates, *sample_rows(logits, owners))
+
+
+def _verify_runs(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
+    """With penalties a row's token depends on those before it."""
+    parts = torch.split(logits.cpu(), _num_rows(candidates))
+    return [
+        Choice(*one.sampler.choose_run(rows.numpy(), one.draft, one.position))
+        for one, rows in zip(candidates, parts, strict=True)
+    ]
+
+
+def _verify_tokens(
+    candidates: Sequence[Candidate], ids: torch.Tensor, values: torch.Tensor
+) -> list[Choice]:
+    """One pass over the chosen tokens of all rows and the largest logits they were chosen from."""
+    ids, values = ids.cpu(), values.cpu()
     runs = verify_greedy([candidate.draft for candidate in candidates], ids)
     if bool(torch.isfinite(values).all()):
         return [Choice(run, None) for run in runs]

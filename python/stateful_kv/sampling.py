@@ -2,23 +2,26 @@
 
 Random numbers come from a counter generator keyed by (seed, position), so neither batching nor
 drafts nor a restart changes a sample. A draft token is kept only if it equals the token its row
-chooses; drafts therefore never change the reply.
+chooses; drafts therefore never change the reply. All draws are made by the op `sample`; what is
+here are the penalties, which look at the context, and the settings of each row.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from stateful_kv import ops
 from stateful_kv.config import SamplingParams
 from stateful_kv.errors import StatefulKVError
 
 FloatArray = npt.NDArray[np.float32]
-DoubleArray = npt.NDArray[np.float64]
-IndexArray = npt.NDArray[np.int64]
+MAX_TOP_K = 2**31 - 1
 
 
 class BadLogitsError(StatefulKVError):
@@ -36,7 +39,7 @@ def draw_seed() -> int:
 
 
 def keyed_uniform(seed: int, position: int) -> float:
-    """Returns the number in [0, 1) that belongs to (seed, position)."""
+    """The number in [0, 1) that belongs to (seed, position): what the op `sample` draws with."""
     key = np.array([seed, position], dtype=np.uint64)
     bits = int(np.random.Philox(key=key).random_raw())
     return (bits >> 11) * 2.0**-53
@@ -82,6 +85,11 @@ class Sampler:
         """True when a token is the argmax of the raw row: the engine's fast path."""
         return self.params.greedy and not self.params.has_penalties
 
+    @property
+    def is_plain_sampled(self) -> bool:
+        """True when a token is drawn from the raw row: such rows go through one op together."""
+        return not self.params.greedy and not self.params.has_penalties
+
     def choose(self, row: FloatArray, position: int) -> int:
         """Chooses the token at `position`; the context stays as it is.
 
@@ -92,14 +100,12 @@ class Sampler:
         Raises:
             BadLogitsError: no token can be chosen.
         """
-        row = self._penalised(row)
-        top = float(row.max())
+        logits = torch.from_numpy(self._penalised(row))[None]
+        ids, values = sample_rows(logits, [(self, [position])])
+        top = float(values[0])
         if not math.isfinite(top):
             raise BadLogitsError.at(position, top)
-        if self.params.greedy:
-            return int(row.argmax())  # the first of equals: the lowest id
-        assert self.seed is not None
-        return _draw(row, top, self.params, keyed_uniform(self.seed, position))
+        return int(ids[0])
 
     def choose_run(
         self, rows: FloatArray, draft: list[int], position: int
@@ -151,42 +157,33 @@ class Sampler:
         return row
 
 
-def _draw(row: FloatArray, top: float, params: SamplingParams, uniform: float) -> int:
-    """Draws a token by `uniform` from the filtered distribution of a row whose maximum is top."""
-    with np.errstate(over="ignore", under="ignore"):
-        scaled = (row.astype(np.float64) - top) / params.temperature
-        ids = _top_k(scaled, params.top_k)
-        weights = np.exp(scaled[ids])
-    if params.top_p < 1.0:
-        ids, weights = _top_p(ids, weights, params.top_p)
-    if params.min_p > 0.0:
-        kept = weights >= params.min_p  # the likeliest token has weight 1
-        ids, weights = ids[kept], weights[kept]
-    cumulative = np.cumsum(weights)
-    at = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    return int(ids[min(at, len(ids) - 1)])
+def sample_rows(
+    logits: torch.Tensor, owners: Sequence[tuple[Sampler, Sequence[int]]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws a token from each row, by the settings of the sampler that owns it.
 
+    Args:
+        logits: float32|float16|bfloat16[R, V], V contiguous.
+        owners: each sampler with the positions of the tokens to draw, in the order of the rows; R
+            positions together. Penalties are not applied.
 
-def _top_k(scaled: DoubleArray, k: int) -> IndexArray:
-    """Ids of the k highest entries (all for k = 0), ascending; lower ids win ties at the border."""
-    size = len(scaled)
-    if not 0 < k < size:
-        return np.arange(size)
-    border = np.partition(scaled, size - k)[size - k]
-    ids = np.flatnonzero(scaled >= border)
-    if len(ids) > k:
-        ids = np.sort(ids[np.lexsort((ids, -scaled[ids]))][:k])
-    return ids
+    Returns:
+        What the op `sample` gives, on its device: ids int64[R] and values float32[R].
+    """
+    counts = [len(positions) for _, positions in owners]
+    settings = [sampler.params for sampler, _ in owners]
+    seeds = [sampler.seed or 0 for sampler, _ in owners]  # greedy ones have none and need none
 
+    def per_row(values: Sequence[float], dtype: npt.DTypeLike) -> torch.Tensor:
+        # By numpy: torch's repeat_interleave would start a second pool of threads.
+        return torch.from_numpy(np.repeat(np.array(values, dtype), counts)).to(logits.device)
 
-def _top_p(ids: IndexArray, weights: DoubleArray, top_p: float) -> tuple[IndexArray, DoubleArray]:
-    """The likeliest ids that together reach `top_p` of the weight, likeliest first."""
-    total = float(weights.sum())
-    # Tokens lighter than this sum to less than 1 - top_p even if all were so light: the set is
-    # complete without them, and only the few others need sorting.
-    heavy = weights >= (1.0 - top_p) * total / len(weights)
-    ids, weights = ids[heavy], weights[heavy]
-    order = np.lexsort((ids, -weights))
-    ids, weights = ids[order], weights[order]
-    count = int(np.searchsorted(np.cumsum(weights), top_p * total, side="left")) + 1
-    return ids[:count], weights[:count]
+    return ops.sample(
+        logits,
+        per_row(seeds, np.uint64).view(torch.int64),
+        torch.tensor([position for _, run in owners for position in run]).to(logits.device),
+        per_row([one.temperature for one in settings], np.float32),
+        per_row([min(one.top_k, MAX_TOP_K) for one in settings], np.int32),
+        per_row([one.top_p for one in settings], np.float32),
+        per_row([one.min_p for one in settings], np.float32),
+    )

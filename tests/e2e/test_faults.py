@@ -257,24 +257,35 @@ class TestFaults:
         assert session.num_tokens == 0
         assert other.turn("x", max_tokens=3, **sampling).token_ids == other_reply.token_ids
 
+    @pytest.mark.parametrize("penalty", [0.0, 0.5])
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     def test_an_error_of_one_sampled_row(
-        self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, temperature: float
+        self,
+        make_engine: MakeEngine,
+        monkeypatch: pytest.MonkeyPatch,
+        temperature: float,
+        penalty: float,
     ) -> None:
         engine = make_engine(CountingUp())
         good, bad = engine.session(), engine.session()
-        choose_run = Sampler.choose_run
+        choose_run, sample = Sampler.choose_run, ops.sample
 
-        def fail(sampler: Sampler, *args: Any) -> Any:
+        def fail_run(sampler: Sampler, *args: Any) -> Any:
             if sampler.seed == 13:
                 raise BoomError
             return choose_run(sampler, *args)
 
-        monkeypatch.setattr(Sampler, "choose_run", fail)
+        def fail_draw(logits: torch.Tensor, seeds: torch.Tensor, *args: Any) -> Any:
+            if 13 in seeds.tolist():
+                raise BoomError
+            return sample(logits, seeds, *args)
+
+        monkeypatch.setattr(Sampler, "choose_run", fail_run)
+        monkeypatch.setattr(ops, "sample", fail_draw)
         running = good.stream("g", max_tokens=20, temperature=temperature, seed=3, top_k=1)
         text = next(running)
         with pytest.raises(BoomError):
-            bad.turn("b", max_tokens=5, temperature=1.0, seed=13)
+            bad.turn("b", max_tokens=5, temperature=1.0, seed=13, presence_penalty=penalty)
         assert (bad.num_tokens, bad.is_busy) == (0, False)
         text += "".join(running)
         assert text == make_engine(CountingUp()).session().turn("g", max_tokens=20).text
@@ -319,6 +330,7 @@ class TestFaults:
             (KVCache, "insert_tail_copy"),
             (Sampler, "choose_run"),
             (ops, "argmax"),
+            (ops, "sample"),
             (KVCache, "match_and_adopt"),
             (ops, "copy_pages"),
             (Provenance, "next_tokens"),
@@ -476,6 +488,8 @@ def _story(engine: Engine, error: type[BaseException] | None = None) -> list[lis
     again(lambda: engine.gather([(parent, "p"), (child, "c")], max_tokens=9), parent, child)
     again(lambda: child.turn("more", max_tokens=9), child)
     again(lambda: child.turn("dice", max_tokens=5, temperature=0.5, seed=7), child)
+    penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.1}
+    again(lambda: child.turn("more dice", 5, temperature=0.5, seed=7, **penalties), child)
     tokens = [parent.token_ids, child.token_ids]
     for session in (parent, child):
         again(session.close)

@@ -183,6 +183,64 @@ class TestSampling:
         choices = verify(candidates, logits)
         assert [choice.tokens for choice in choices] == [best[:3], best[3:5], best[5:]]
 
+    def test_sampled_neighbours_share_one_draw(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        logits = torch.randn(9, 50)
+        settings = [
+            {"temperature": 0.9, "seed": 2**64 - 1, "top_p": 0.8},
+            {"temperature": 1e-320, "seed": 3, "top_k": 2**40},
+            {"temperature": 1.3, "seed": 3, "min_p": 0.1, "top_k": 7},
+            {"temperature": 0.9, "seed": 4, "presence_penalty": 0.1},
+        ]
+        starts, drafts = [0, 3, 4, 7], [2, 0, 2, 1]
+        samplers = [sampler(50, **one) for one in settings]
+        positions = [100, 7, 0, 30]
+        expected = []
+        for i, one in enumerate(samplers):
+            rows = logits.numpy()[starts[i] :]
+            expected.append([one.choose(row, positions[i] + n) for n, row in enumerate(rows)])
+        assert expected[1][0] == int(logits[3].argmax())
+        # The first draft is right, the others agree in their first token only.
+        proposed = [expected[0][:2], [], [expected[2][0], (expected[2][1] + 1) % 50], [-1]]
+        calls = []
+        sample = ops.sample
+
+        def counted(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            calls.append(len(args[0]))
+            return sample(*args)
+
+        monkeypatch.setattr(ops, "sample", counted)
+        candidates = [
+            Candidate(one, draft, position)
+            for one, draft, position in zip(samplers, proposed, positions, strict=True)
+        ]
+        assert [len(draft) for draft in proposed] == drafts
+        choices = verify(candidates, logits)
+        assert calls == [7, 1], "all plain rows together, the penalised one by itself"
+        assert [choice.tokens for choice in choices] == [
+            expected[0][:3],
+            expected[1][:1],
+            expected[2][:2],
+            expected[3][:1],
+        ]
+
+    def test_one_draw_that_fails_spoils_no_other(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        logits = torch.randn(4, 20)
+        candidates = [
+            Candidate(sampler(20, temperature=1.0, seed=seed), [], 5) for seed in (1, 2, 3, 4)
+        ]
+        expected = [choice.tokens for choice in verify(candidates, logits)]
+        sample = ops.sample
+
+        def fail(rows: torch.Tensor, seeds: torch.Tensor, *args: torch.Tensor) -> object:
+            if 3 in seeds.tolist():
+                raise RuntimeError("boom")
+            return sample(rows, seeds, *args)
+
+        monkeypatch.setattr(ops, "sample", fail)
+        choices = verify(candidates, logits)
+        assert [choice.tokens for choice in choices] == [*expected[:2], [], expected[3]]
+        assert [str(choice.error) for choice in choices] == ["None", "None", "boom", "None"]
+
 
 class TestStopping:
     @pytest.mark.parametrize("size", [1, 2, 3, 100])
