@@ -53,6 +53,17 @@ def rope_append_kv(
     append_kv(rotate(k, positions, cos_sin), v, slots, k_pool, v_pool)
 
 
+def sample(logits: Tensor, temperature: float, k: int, p: float) -> tuple[Tensor, Tensor]:
+    """Top-k, top-p and a draw from each row: the token, and the ids that could have been drawn."""
+    scaled, ids = torch.sort(logits / temperature, dim=-1, descending=True)
+    if k:
+        scaled, ids = scaled[:, :k], ids[:, :k]
+    chances = torch.softmax(scaled, dim=-1)
+    chances = chances.masked_fill(chances.cumsum(dim=-1) - chances >= p, 0.0)
+    drawn = ids.gather(1, torch.multinomial(chances, 1))[:, 0]
+    return drawn, ids.masked_fill(chances == 0.0, -1)
+
+
 def copy_pages(page_copies: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
     """Indexed copy between pages of pools [num_layers, P, Hk, B, D]."""
     source, target = page_copies[:, 0].long(), page_copies[:, 1].long()

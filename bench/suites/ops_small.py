@@ -222,6 +222,38 @@ def _argmax(num_rows: int, settings: Settings) -> Trial:
     )
 
 
+SAMPLE_TEMPERATURE = 0.7
+
+
+def _sample(num_rows: int, k: int, p: float, settings: Settings) -> Trial:
+    inputs, rotation_bytes = _rows(num_rows, shapes.VOCAB, settings)
+    seeds, positions = torch.arange(num_rows), torch.arange(num_rows) + 100
+    rest = (
+        torch.full((num_rows,), SAMPLE_TEMPERATURE),
+        torch.full((num_rows,), k, dtype=torch.int32),
+        torch.full((num_rows,), p),
+        torch.zeros(num_rows),
+    )
+
+    def check(_peer: str) -> harness.Check:
+        ids, values = ops.sample(inputs[0], seeds, positions, *rest)
+        alone = ops.sample(inputs[0][-1:], seeds[-1:], positions[-1:], *(one[-1:] for one in rest))
+        bits = torch.equal(alone[0], ids[-1:]) and torch.equal(alone[1], values[-1:])
+        # Random numbers differ: our token must be one of those that the peer could have drawn.
+        _, kept = torch_composites.sample(inputs[0], SAMPLE_TEMPERATURE, k, p)
+        bits = bits and bool((kept == ids[:, None]).any(dim=1).all())
+        return harness.compare(values, torch.max(inputs[0], dim=-1).values, 0.0, bits)
+
+    return Trial(
+        ours=lambda i: ops.sample(inputs[i], seeds, positions, *rest),
+        peers={"torch": lambda i: torch_composites.sample(inputs[i], SAMPLE_TEMPERATURE, k, p)},
+        check=check,
+        work=Work(4 * num_rows * shapes.VOCAB),
+        rotations=len(inputs),
+        rotation_bytes=rotation_bytes,
+    )
+
+
 TOP_K = 5
 
 
@@ -371,6 +403,9 @@ def cases(settings: Settings) -> Iterator[Case]:
     # Decode, verify and a full batch of decodes: a prefill chunk has one row of logits a sequence.
     for num_rows in (1, 8) if settings.smoke else (1, 8, 32):
         yield Case("argmax", {"R": num_rows}, partial(_argmax, num_rows))
+        for k, p in ((0, 0.9), (50, 1.0)):
+            labels = {"R": num_rows, "k": k, "p": p}
+            yield Case("sample", labels, partial(_sample, num_rows, k, p))
         for k in (1, TOP_K):
             yield Case("linear_top_k", {"N": num_rows, "k": k}, partial(_linear_top_k, num_rows, k))
     for num_copies in (1, 8):

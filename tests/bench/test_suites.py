@@ -44,6 +44,7 @@ OPS = {
     "rope_append_kv",
     "append_kv",
     "argmax",
+    "sample",
     "linear_top_k",
     "copy_pages",
     "ngram_lookup",
