@@ -120,7 +120,7 @@ def markdown(document: dict[str, Any]) -> str:
     # Files of earlier versions have no such list.
     reasons = dict.fromkeys((r["peer_name"], r["skipped"]) for r in document.get("skipped", ()))
     rows += [f"\nNot run: {peer}: {reason}" for peer, reason in reasons]
-    rows += [f"\nFailed: {title(r)}: {r['failed']}" for r in document.get("failed", ())]
+    rows += [f"\nAsked: {line}" for line in targets.lines(document)]
     if "ended_early" in document:
         rows.append(f"\nThe run ended early: {document['ended_early']}")
     return "\n".join(rows) + "\n"

@@ -95,18 +95,23 @@ def words(line: dict[str, Any]) -> str:
     return f"{line['value'] * scale:.4g} {unit} (asked: {sign} {bounds}): {met}"
 
 
+def lines(document: dict[str, Any]) -> list[str]:
+    """One line for each case of which something is asked, and for each that failed."""
+    found: dict[str, str] = {}
+    for result in document["results"]:
+        line = result.get("headline")
+        if line is not None:
+            # With several peers a case is there several times; the first is as good as any.
+            name = result["axes"].get("workflow", result["name"])
+            found.setdefault(f"{result['suite']} {name}", words(line))
+    for failed in document.get("failed", ()):
+        name = failed["axes"].get("workflow", failed["name"])
+        found[f"{failed['suite']} {name}"] = f"FAILED: {failed['failed']}"
+    return [f"{name}: {text}" for name, text in found.items()]
+
+
 def main(documents: list[dict[str, Any]]) -> int:
-    """Prints one line for each case of which something is asked."""
+    """Prints the lines of all documents."""
     for document in documents:
-        lines: dict[str, str] = {}
-        for result in document["results"]:
-            line = result.get("headline")
-            if line is not None:
-                # With several peers a case is there several times; the first is as good as any.
-                name = result["axes"].get("workflow", result["name"])
-                lines.setdefault(f"{result['suite']} {name}", words(line))
-        for failed in document.get("failed", ()):
-            lines[f"{failed['suite']} {failed['name']}"] = f"FAILED: {failed['failed']}"
-        for name, text in lines.items():
-            print(f"{name}: {text}")
+        print(*lines(document), sep="\n")
     return 0

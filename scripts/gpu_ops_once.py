@@ -1,13 +1,14 @@
 """Runs every CUDA op once on small, odd shapes: what compute-sanitizer looks at in gpu_check.sh.
 
-Each op gets the arguments of its row in tests/ops/cases.py; attention also runs as decode, verify
-and extend in 16 bits, over several chunks. Results are only looked at for NaN: right values are
-the tests' business.
+Each op gets the arguments of its row in tests/ops/cases.py; attention, whose heads are too small
+there for CUDA, runs as decode, verify and extend over several chunks, in 16 bits and in float32.
+Results are only looked at for NaN: right values are the tests' business.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,7 +26,12 @@ SHAPES = (
     AttentionShape(1, 700, rows=67, heads=4, kv_heads=2, page_size=16),
     AttentionShape(4, 1024 + 77, shared=1024, heads=8, kv_heads=2, head_dim=64),
 )
-DTYPES = {"cuda": (torch.bfloat16, torch.bfloat16), "cpu": (torch.float32, torch.bfloat16)}
+ATTENTION = ("paged_attention", "shared_prefix_attention")
+# Of queries and of pools.
+DTYPES = {
+    "cuda": ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)),
+    "cpu": ((torch.float32, torch.bfloat16),),
+}
 
 
 def has_kernel(op: str, device: str) -> bool:
@@ -45,12 +51,12 @@ def _on(device: str, value: Any) -> Any:
 def calls(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Names and calls of everything to run."""
     for op in cases.CASES:
-        if has_kernel(op, device):
+        if op not in ATTENTION and has_kernel(op, device):
             arguments = {k: _on(device, v) for k, v in cases.valid_arguments(op).items()}
             yield op, partial(getattr(ops, op), **arguments)
-    for shape in SHAPES:
-        inputs = make_inputs(shape, 1, device, *DTYPES[device])
-        title = f"attention of {shape.rows} rows, {shape.kv_len} tokens"
+    for (q_dtype, kv_dtype), shape in itertools.product(DTYPES[device], SHAPES):
+        inputs = make_inputs(shape, 1, device, q_dtype, kv_dtype)
+        title = f"attention of {shape.rows} rows, {shape.kv_len} tokens, {kv_dtype}"
         yield title, partial(attend, inputs, 0)
         if shape.shared and has_kernel("shared_prefix_attention", device):
             yield f"{title}, shared prefix", partial(attend_shared, inputs, 0)

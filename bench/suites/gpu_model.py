@@ -43,7 +43,7 @@ SHAPES = {
     ),
     "llama_8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, rope_theta=5e5),
 }
-SMALL = {"small": ModelConfig(500, 64, 160, 2, 4, 2, 32, tie_word_embeddings=True)}
+SMALL = {"small": ModelConfig(500, 128, 160, 2, 4, 2, 64, tie_word_embeddings=True)}
 
 
 class RandomSource:

@@ -222,10 +222,15 @@ def test_a_report_of_a_device(tmp_path, monkeypatch):
     out = tmp_path / "state.json"
     assert command.main(["run", "state", "--smoke", "--only", "fork", "--out", str(out)]) == 0
     document = json.loads(out.read_text())
-    document |= {"roofs": CUDA_ROOF, "failed": [{"name": "c", "axes": {}, "failed": "Error: x"}]}
+    failed = {"suite": "s", "name": "c", "axes": {}, "failed": "Error: x"}
+    document |= {"roofs": CUDA_ROOF, "failed": [failed]}
     document["machine"]["gpu"] = {"name": "A GPU"}
     text = report.markdown(document)
-    assert "A GPU beside " in text and "copy 4.00 TB/s" in text and "Failed: c: Error: x" in text
+    assert (
+        "A GPU beside " in text
+        and "copy 4.00 TB/s" in text
+        and "Asked: s c: FAILED: Error: x" in text
+    )
 
 
 def test_a_run_that_is_cut_keeps_its_results(tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ def test_bytes_of_the_models():
     counted = sum(linear.weight.numel() for linear in linears)
     assert gpu_model.weight_bytes(model.config, 1) == counted
     work = gpu_model.work_of(model.config, 3, 4)
-    assert work.bytes == 4 * (counted + 2 * 2 * 2 * 32 * (gpu_model.CONTEXT + 3))
+    assert work.bytes == 4 * (counted + 2 * 2 * 2 * 64 * (gpu_model.CONTEXT + 3))
 
 
 def test_every_target_has_its_case():
