@@ -70,7 +70,7 @@ note() { # note STAGE STATUS SECONDS REASON
 }
 wanted() { [ -z "$only" ] || [[ ",$only," == *",$1,"* ]]; }
 
-# The end of an interrupted or failed stage's log belongs above the table.
+# Of a failed stage the first errors and the end of its log are shown above the table.
 run_stage() { # run_stage STAGE SIGNAL COMMAND...
   local stage=$1 signal=$2 begin=$SECONDS status
   shift 2
@@ -82,7 +82,8 @@ run_stage() { # run_stage STAGE SIGNAL COMMAND...
     *) note "$stage" FAILED "$((SECONDS - begin))" "status $status, see $stage.log" ;;
   esac
   if [ "$status" -ne 0 ]; then
-    tail -n 12 "$out/$stage.log" | cut -c1-180 | sed 's/^/    | /'
+    { grep -i -m 6 -E '\berrors?\b' "$out/$stage.log" && echo ...; tail -n 12 "$out/$stage.log"; } |
+      cut -c1-180 | sed 's/^/    | /'
   fi
   return "$status"
 }
