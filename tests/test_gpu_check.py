@@ -32,7 +32,9 @@ case "$*" in
   *"bench targets"*) [ -n "$FAKE_TARGETS" ] || exec "$REAL_PYTHON" "$@"; exit ;;
 esac
 [ -z "$FAKE_HANG" ] || [[ "$*" != *"$FAKE_HANG"* ]] || exec sleep 60
-if [ -n "$FAKE_FAIL" ] && [[ "$*" == *"$FAKE_FAIL"* ]]; then echo "error: at first"; seq 30; exit 3; fi
+if [ -n "$FAKE_FAIL" ] && [[ "$*" == *"$FAKE_FAIL"* ]]; then
+  echo "error: at first"; seq 30; exit 3
+fi
 [[ "$*" != *"bench run"* ]] || cp "$FAKE_RESULT" "${@: -1}"
 [[ "$*" != *gpu_bits* ]] || echo "cublas: small 8x8: equal for 1 2 rows"
 """
