@@ -22,7 +22,7 @@ MAX_CALLS = 4096
 L2_TIMES = 3  # rotating inputs hold this many times the L2 cache
 
 
-class CaptureError(Exception):
+class CaptureError(RuntimeError):
     """A call cannot be captured in a CUDA graph; the message is one line."""
 
 
@@ -109,6 +109,17 @@ class _TimedGraph:
         self._graph.replay()
         torch.cuda.synchronize()  # not the event's own: it may still be that of the last replay
         return self._start.elapsed_time(self._end) * 1e-3
+
+
+def graph_seconds(call: Callable[[int], object], rotations: int, repeats: int = 3) -> float:
+    """Least seconds of a call, by a few replays of a graph; to choose between settings.
+
+    Raises:
+        CaptureError: the call does something that a CUDA graph cannot hold.
+    """
+    calls = rotations * max(1, 4 // rotations)
+    graph = _TimedGraph(call, calls, rotations)
+    return min(graph.seconds() for _ in range(repeats)) / calls
 
 
 def quick_seconds(call: Callable[[], object], repeats: int = 5) -> float:

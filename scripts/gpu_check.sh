@@ -47,10 +47,11 @@ export STATEFUL_KV_CACHE_DIR="${STATEFUL_KV_CACHE_DIR:-$out/cache}"
 # Seconds; together at most 570.
 declare -A limits=(
   [environment]=10 [build]=125 [cpu-tests]=25 [gpu-tests]=95 [memcheck]=35 [racecheck]=35
-  [synccheck]=20 [bits]=25 [bench-attention]=45 [bench-flex]=40 [bench-model]=50 [bench-workflow]=65
+  [synccheck]=15 [bits]=20 [bench-attention]=40 [bench-splits]=30 [bench-flex]=35 [bench-model]=45
+  [bench-workflow]=60
 )
 stages=(environment build cpu-tests gpu-tests memcheck racecheck synccheck bits
-  bench-attention bench-flex bench-model bench-workflow)
+  bench-attention bench-splits bench-flex bench-model bench-workflow)
 for one in ${SKV_GPU_LIMITS:-}; do
   [[ "$one" =~ ^([a-z-]+)=([0-9]+)$ && -n "${limits[${BASH_REMATCH[1]}]:-}" ]] ||
     die "SKV_GPU_LIMITS: expected STAGE=SECONDS, got '$one' (stages: ${stages[*]})"
@@ -199,6 +200,7 @@ run_one() { # run_one STAGE
     memcheck | racecheck | synccheck) sanitize "$1" ;;
     bits) run_stage bits TERM "$python" scripts/gpu_bits.py "${device_args[@]}" --out "$out/bits.json" ;;
     bench-attention) bench "$1" gpu_attention --peer decode_step,not_shared,torch_sdpa,flashinfer ;;
+    bench-splits) bench "$1" gpu_attention --peer own_splits ;;
     # A compiler run for each case: two of them.
     bench-flex) bench "$1" gpu_attention --only decode_32x4k,extend_512 --peer flex_attention ;;
     bench-model) bench "$1" gpu_model ;;
@@ -219,7 +221,7 @@ say ""
 say "=== figures"
 [ ! -s "$out/bits.log" ] || grep 'equal for' "$out/bits.log" | cut -c1-110
 results=()
-for one in gpu_attention gpu_flex gpu_model gpu_workflow; do
+for one in gpu_attention gpu_model gpu_workflow; do
   [ ! -s "$out/$one.json" ] || results+=("$out/$one.json")
 done
 if [ "${#results[@]}" -gt 0 ]; then

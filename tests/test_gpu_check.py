@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = [
     "environment", "build", "cpu-tests", "gpu-tests", "memcheck", "racecheck", "synccheck", "bits",
-    "bench-attention", "bench-flex", "bench-model", "bench-workflow",
+    "bench-attention", "bench-splits", "bench-flex", "bench-model", "bench-workflow",
 ]  # fmt: skip
 
 # Writes down what it is asked; hangs, fails or lacks modules where it is told to.
@@ -104,7 +104,7 @@ def test_all_stages_pass(machine: Machine) -> None:
     assert "cublas: small 8x8: equal for 1 2 rows" in done.stdout
     for stage in STAGES:
         assert (machine.out / f"{stage}.log").exists(), stage
-    for name in ("gpu_attention", "gpu_flex", "gpu_model", "gpu_workflow"):
+    for name in ("gpu_attention", "gpu_splits", "gpu_flex", "gpu_model", "gpu_workflow"):
         assert (machine.out / f"{name}.json").exists()
     assert (machine.out / "table.txt").read_text() in done.stdout
     asked = machine.asked
@@ -149,7 +149,7 @@ def test_after_a_failed_build_only_what_needs_none_runs(machine: Machine) -> Non
     assert rows.pop("build")[0] == "FAILED"
     assert rows.pop("environment") == rows.pop("bits") == ("passed", "")
     assert set(rows.values()) == {("SKIPPED", "the build failed")}
-    assert len(rows) == 9
+    assert len(rows) == 10
 
 
 def test_missing_tools_are_named(machine: Machine) -> None:

@@ -4,7 +4,7 @@ Calls go round copies of K and V that together exceed L2 several times. A result
 attention in float32 of one sequence and, bit for bit, with the first row of each sequence computed
 alone. Peers: plain torch on contiguous K and V at its quickest, FlexAttention and FlashInfer; a
 decode step of the same sequences beside the verify cases; the same sequences without sharing beside
-the shared prefix.
+the shared prefix; our own op under the quickest way to divide its work.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import harness
+from bench import cuda_timing, harness
 from bench.harness import Call, Case, Check, Missing, PeerMissingError, Settings, Trial
-from bench.peers import flashinfer_attention, torch_attention
+from bench.peers import flashinfer_attention, own_splits, torch_attention
 from bench.peers.torch_attention import relative_error
 from bench.suites import shapes
 from bench.suites.gpu_shapes import AttentionInputs, AttentionShape, make_inputs
@@ -118,6 +118,8 @@ class _Peers:
             self._add("not_shared", lambda: partial(attend, inputs))
         elif 1 < shape.rows <= 16:
             self._add("decode_step", lambda: partial(attend, inputs.last_rows(1)))
+        if settings.asks_for("own_splits") and inputs.q.is_cuda:
+            self._add("own_splits", self._own_splits)
         self._add("torch_sdpa", self._sdpa, _as_rows)
         if settings.asks_for("flex_attention"):
             self._add("flex_attention", self._flex, _as_rows)
@@ -147,6 +149,17 @@ class _Peers:
         self.details["torch_sdpa"] = {"peer_setting": name, "seconds_by_setting": seconds}
         return lambda index: way(*inputs.contiguous[index])
 
+    def _own_splits(self) -> Call:
+        inputs, shape = self._inputs, self._inputs.shape
+        call = partial(attend_shared if shape.shared else attend, inputs)
+        num_rows = shape.rows * shape.heads // shape.kv_heads
+        if shape.shared:
+            num_rows *= shape.sequences
+        seconds_of = partial(cuda_timing.graph_seconds, rotations=len(inputs.pools))
+        name, quickest, seconds = own_splits.best(call, num_rows, seconds_of)
+        self.details["own_splits"] = {"peer_setting": name, "seconds_by_setting": seconds}
+        return quickest
+
     def _flex(self) -> Call:
         inputs = self._inputs
         way = torch_attention.flex(_queries(inputs), inputs.shape.kv_len, inputs.shape.scale)
@@ -175,6 +188,8 @@ def _setup(shape: AttentionShape, settings: Settings) -> Trial:
         elif peer == "decode_step":
             # Of each sequence its last row.
             bits = bits and torch.equal(result[shape.rows - 1 :: shape.rows], _run(peers, peer))
+        elif peer == "own_splits":
+            bits = bits and torch.equal(result, _run(peers, peer))
         elif peer:
             error = max(error, relative_error(_run(peers, peer), result))
         return Check(error <= TOLERANCE and bits, error, TOLERANCE, bits)

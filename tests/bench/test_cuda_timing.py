@@ -110,6 +110,12 @@ def test_a_graph_holds_whole_rounds_between_two_events(cuda):
     assert cuda.log[:3] == [("ours", 0), ("ours", 1), ("ours", 2)]
 
 
+def test_seconds_of_a_graph_are_those_of_one_call(cuda):
+    assert cuda_timing.graph_seconds(cuda.call("ours"), 3) == pytest.approx(1e-6)
+    replays = [one[1] for one in cuda.log if one[0] == "replay"]
+    assert [len(calls) - 2 for calls in replays] == [3] * 3
+
+
 @pytest.mark.parametrize(
     ("seconds", "rotations", "expected"),
     [(1e-6, 3, 3 * 3334), (1e-2, 5, 5), (1e-5, 1, 1000), (1e-9, 7, 7 * 585), (1e-9, 5000, 5000)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 from bench import __main__ as command
 from bench import harness, targets
 from bench.harness import Settings
-from bench.peers import flashinfer_attention, torch_attention, transformers_chat
+from bench.peers import flashinfer_attention, own_splits, torch_attention, transformers_chat
 from bench.suites import gpu_attention, gpu_model, gpu_workflow, on_device
 from bench.suites.gpu_shapes import AttentionShape, make_inputs
 from stateful_kv import ops
@@ -189,6 +190,33 @@ def test_a_wrong_result_is_noticed_and_stops_no_other_case(case, monkeypatch):
     assert case in {one["name"] for one in failed}
     assert all(one["failed"].startswith("CheckFailedError") for one in failed)
     assert {one["name"] for one in results} == {case, "decode_1x1k"}
+
+
+def test_the_quickest_way_to_divide_the_work_is_found(monkeypatch):
+    monkeypatch.setenv(own_splits.RUN, "9")
+    monkeypatch.delenv(own_splits.WARPS, raising=False)
+
+    def call(index):
+        run, warps = int(os.environ[own_splits.RUN]), int(os.environ[own_splits.WARPS])
+        if warps == 8:
+            raise RuntimeError("too many")
+        return index, run, warps
+
+    def seconds_of(one):
+        _, run, warps = one(0)
+        return abs(run - 3) + 1 / warps
+
+    def flaky(_):
+        raise RuntimeError("no")
+
+    name, best, seconds = own_splits.best(call, 128, seconds_of)
+    assert name == "runs of 8 chunks, 4 warps" and best(5) == (5, 3, 4)
+    assert len(seconds) == 7 * 3
+    assert os.environ[own_splits.RUN] == "9" and own_splits.WARPS not in os.environ
+    for rows, warps in ((4, 1), (16, 1), (17, 2), (64, 4), (2048, 8)):
+        assert max(own_splits.ways(rows)) == (6, warps)
+    with pytest.raises(harness.PeerMissingError, match="takes no way"):
+        own_splits.best(flaky, 1, flaky)
 
 
 def test_flashinfer_is_asked_right(monkeypatch):
