@@ -118,7 +118,7 @@ class _Peers:
             self._add("not_shared", lambda: partial(attend, inputs))
         elif 1 < shape.rows <= 16:
             self._add("decode_step", lambda: partial(attend, inputs.last_rows(1)))
-        if settings.asks_for("own_splits") and inputs.q.is_cuda:
+        if settings.asks_for("own_splits"):
             self._add("own_splits", self._own_splits)
         self._add("torch_sdpa", self._sdpa, _as_rows)
         if settings.asks_for("flex_attention"):
@@ -151,6 +151,8 @@ class _Peers:
 
     def _own_splits(self) -> Call:
         inputs, shape = self._inputs, self._inputs.shape
+        if not inputs.q.is_cuda:
+            raise PeerMissingError("work is divided in several ways on a CUDA device only")
         call = partial(attend_shared if shape.shared else attend, inputs)
         num_rows = shape.rows * shape.heads // shape.kv_heads
         if shape.shared:
