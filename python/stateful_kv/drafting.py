@@ -15,6 +15,7 @@ import torch
 from stateful_kv import ops
 from stateful_kv._native import _C
 from stateful_kv.costs import CostCurve
+from stateful_kv.device import to_host
 from stateful_kv.ledger import Ledger
 from stateful_kv.sampling import BadLogitsError, Sampler, sample_rows
 
@@ -290,7 +291,8 @@ def verify(candidates: Sequence[Candidate], output: torch.Tensor | GreedyTokens)
         candidates: the sequences.
         output: float32[sum(len(draft) + 1), V], rows of a sequence in order: after its pending
             token, then after each draft token; or the greedy tokens of these rows, if all
-            sequences are plain greedy.
+            sequences are plain greedy. Logits may lie on any device, and leave it only for
+            candidates with penalties.
 
     Returns:
         For each sequence the agreeing start of its draft and one more token, or the error that
@@ -352,7 +354,8 @@ def _verify_draws(candidates: Sequence[Candidate], logits: torch.Tensor) -> list
 
 def _verify_runs(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
     """With penalties a row's token depends on those before it."""
-    parts = torch.split(logits.cpu(), _num_rows(candidates))
+    (logits,) = to_host([logits])
+    parts = torch.split(logits, _num_rows(candidates))
     return [
         Choice(*one.sampler.choose_run(rows.numpy(), one.draft, one.position))
         for one, rows in zip(candidates, parts, strict=True)
@@ -363,7 +366,7 @@ def _verify_tokens(
     candidates: Sequence[Candidate], ids: torch.Tensor, values: torch.Tensor
 ) -> list[Choice]:
     """One pass over the chosen tokens of all rows and the largest logits they were chosen from."""
-    ids, values = ids.cpu(), values.cpu()
+    ids, values = to_host([ids, values])
     runs = verify_greedy([candidate.draft for candidate in candidates], ids)
     if bool(torch.isfinite(values).all()):
         return [Choice(run, None) for run in runs]

@@ -18,6 +18,7 @@ import torch
 
 from stateful_kv import ops
 from stateful_kv.config import SamplingParams
+from stateful_kv.device import to_device
 from stateful_kv.errors import StatefulKVError
 
 FloatArray = npt.NDArray[np.float32]
@@ -176,14 +177,14 @@ def sample_rows(
 
     def per_row(values: Sequence[float], dtype: npt.DTypeLike) -> torch.Tensor:
         # By numpy: torch's repeat_interleave would start a second pool of threads.
-        return torch.from_numpy(np.repeat(np.array(values, dtype), counts)).to(logits.device)
+        return torch.from_numpy(np.repeat(np.array(values, dtype), counts))
 
-    return ops.sample(
-        logits,
+    rows = [
         per_row(seeds, np.uint64).view(torch.int64),
-        torch.tensor([position for _, run in owners for position in run]).to(logits.device),
+        torch.tensor([position for _, run in owners for position in run], dtype=torch.int64),
         per_row([one.temperature for one in settings], np.float32),
         per_row([min(one.top_k, MAX_TOP_K) for one in settings], np.int32),
         per_row([one.top_p for one in settings], np.float32),
         per_row([one.min_p for one in settings], np.float32),
-    )
+    ]
+    return ops.sample(logits, *to_device(rows, logits.device))

@@ -16,7 +16,7 @@ import torch
 from stateful_kv.batch import Batch
 from stateful_kv.cache import KVCache
 from stateful_kv.config import ModelConfig
-from stateful_kv.device import to_host
+from stateful_kv.device import synchronize, to_host
 from stateful_kv.drafting import Candidate, Choice, GreedyTokens, verify
 from stateful_kv.errors import OutOfPagesError
 from stateful_kv.plan import Planner, RowPlan, admissible, build_batch, describe
@@ -141,11 +141,12 @@ class Stepper:
             return []
 
     def _run_model(self, rows: list[RowPlan], batch: Batch) -> torch.Tensor | GreedyTokens:
-        """Logits only if some row needs more of them than the largest; on the host either way."""
+        """Logits only if some row needs more of them than the largest; on the model's device."""
         if all(row.turn.sampler.is_plain_greedy for row in rows if row.num_logit_rows):
             ids, values = self._model.forward_top_k(batch, self._cache, 1)
             return GreedyTokens(*to_host([ids[:, 0], values[:, 0]]))
-        (logits,) = to_host([self._model.forward(batch, self._cache)])
+        logits = self._model.forward(batch, self._cache)
+        synchronize(self._cache.device)  # the time of the pass is not that of choosing tokens
         return logits
 
     @traced("commit")
