@@ -176,6 +176,10 @@ class KVCache:
         if wanted > self.num_pages:
             raise self._out_of_pages(wanted)
 
+    def page_table(self, sequence_id: int) -> torch.Tensor:
+        """int32[pages], the sequence's pages in order, those reserved included; on the host."""
+        return self._table.page_table(sequence_id)
+
     def batch_pages(self, sequence_ids: Sequence[int], query_lens: Sequence[int]) -> BatchPages:
         """Where the reserved tokens of a step go: page tables, positions and slots."""
         return BatchPages(

@@ -15,7 +15,9 @@ KV_DTYPES = ("float16", "float32", "bfloat16", "int8")
 # What "auto" stands for, by the type of the device.
 _DEFAULT_KV_DTYPES = {"cpu": "float16", "cuda": "bfloat16"}
 _DEVICE_NAME = re.compile(r"cpu|cuda(:\d{1,4})?", re.ASCII)
+_DEFAULT_STEPS_PER_VISIT = {"cpu": 1, "cuda": 8}
 MAX_DRAFT_LIMIT = 63
+MAX_STEPS_PER_VISIT = 64
 
 
 def _require(condition: bool, field: str, rule: str, value: object) -> None:
@@ -231,6 +233,9 @@ class EngineConfig:
         draft: propose tokens from the session's own text and verify them in one pass.
         max_draft: longest draft of one session in one step.
         device: "cpu", "cuda" or "cuda:N"; where the KV lies and the model computes.
+        steps_per_visit: decode steps the device takes before the host looks at them, where no turn
+            waits and none is streamed. None, which is 1 on the CPU and 8 on CUDA, is replaced by
+            what it stands for.
     """
 
     kv_tokens: int = 65536
@@ -240,6 +245,7 @@ class EngineConfig:
     draft: bool = True
     max_draft: int = 7
     device: str = "cpu"
+    steps_per_visit: int | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -257,6 +263,13 @@ class EngineConfig:
         _require_int("max_draft", self.max_draft, 0)
         limit = self.max_draft <= MAX_DRAFT_LIMIT
         _require(limit, "max_draft", f"expected at most {MAX_DRAFT_LIMIT}", self.max_draft)
+        if self.steps_per_visit is None:
+            device_type = self.device.partition(":")[0]
+            object.__setattr__(self, "steps_per_visit", _DEFAULT_STEPS_PER_VISIT[device_type])
+        _require_int("steps_per_visit", self.steps_per_visit, 1)
+        fits = self.steps_per_visit is not None and self.steps_per_visit <= MAX_STEPS_PER_VISIT
+        rule = f"expected at most {MAX_STEPS_PER_VISIT}"
+        _require(fits, "steps_per_visit", rule, self.steps_per_visit)
 
     @property
     def num_pages(self) -> int:

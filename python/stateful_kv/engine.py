@@ -29,6 +29,7 @@ from stateful_kv.session import Session
 from stateful_kv.step import Model, Stepper
 from stateful_kv.tracing import traced
 from stateful_kv.turn import SessionState, Turn
+from stateful_kv.visits import Visits
 
 
 class Engine:
@@ -38,8 +39,9 @@ class Engine:
     complete, and each step also advances the streams of other sessions that are open. A call
     from another thread meanwhile raises SessionBusyError.
 
-    A step is: admit turns, plan rows, reserve pages, forward, verify, commit. Lengths move only
-    in commit. An error of one turn ends that turn and takes its session back to where it was.
+    A step is: admit turns, plan rows, reserve pages, forward, verify, commit. Where nothing waits
+    for the host several may be taken in one visit (`visits.py`). Lengths move only in commit. An
+    error of one turn ends that turn and takes its session back to where it was.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Engine:
         self.context_len = shape.max_position
         self.costs = Costs(model, config, cost_curve)
         self._stepper = Stepper(model, self.cache, Planner(config.max_batch_tokens))
+        self._visits = Visits(self._stepper, model, self.cache, config)
         self._sessions: dict[int, SessionState] = {}
         self._turns: list[Turn] = []
         self._num_named = 0
@@ -102,6 +105,7 @@ class Engine:
         max_batch_tokens: int = 1024,
         device: str = "cpu",
         dtype: str = "auto",
+        steps_per_visit: int | None = None,
         cost_curve: CostChoice = "auto",
     ) -> Engine:
         """Loads a model and makes an engine for it.
@@ -118,6 +122,7 @@ class Engine:
             device: "cpu", "cuda" or "cuda:N".
             dtype: of dense weights and activations: "bfloat16" ("auto" on CUDA), "float16" or
                 "float32" (the only one on the CPU).
+            steps_per_visit: decode steps between two looks of the host; see `EngineConfig`.
             cost_curve: "auto", "measure" or a CostCurve; see `Engine`.
 
         Raises:
@@ -137,6 +142,7 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             draft=draft,
             device=device,
+            steps_per_visit=steps_per_visit,
         )
         loaded = load_model(name, weight_format, device=device, dtype=dtype)
         return cls(loaded.model, loaded.tokenizer, config, cost_curve=cost_curve)
@@ -392,7 +398,7 @@ class Engine:
             try:
                 running = [turn for turn in self._turns if not turn.is_finished]
                 if running:
-                    self._stepper.step(running)
+                    self._visits.advance(running)
                 return bool(running)
             finally:
                 self._is_stepping = False

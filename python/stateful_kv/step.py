@@ -183,24 +183,9 @@ class Stepper:
     @traced("end_row")
     def _end_row(self, row: RowPlan, forward_s: float, host_s: float) -> None:
         """Writes the step into the turn's receipt; closes the books of a finished turn."""
-        turn = row.turn
-        if turn.error is not None:
-            return
-        turn.receipt.steps += 1
-        turn.receipt.host_s += host_s
-        turn.receipt.computed_tokens += row.num_prompt_rows
-        if row.num_prompt_rows:
-            turn.receipt.prefill_s += forward_s
-        else:
-            turn.receipt.decode_s += forward_s
-        if turn.is_finished and not turn.is_streamed:
-            try:
-                turn.close_books()
-            except Exception as error:
-                turn.fail(error)
-            except BaseException as error:
-                turn.fail(error)
-                raise
+        row.turn.end_step(
+            num_steps=1, num_prompt_rows=row.num_prompt_rows, forward_s=forward_s, host_s=host_s
+        )
 
 
 @traced("verify")

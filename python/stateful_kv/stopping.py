@@ -78,6 +78,11 @@ class StopRules:
         self._stop_token_ids = stop_token_ids
         self._finder = StopStringFinder(stops)
 
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Tokens that end the reply."""
+        return self._stop_token_ids
+
     @traced("detokenise")
     def push(self, token_id: int) -> tuple[str, bool]:
         """Takes the next token; returns the text to show now and whether the reply ends here."""

@@ -13,6 +13,7 @@ from stateful_kv.cache import KVCache
 from stateful_kv.config import SamplingParams
 from stateful_kv.drafting import Drafter
 from stateful_kv.errors import InvariantError, OutOfPagesError
+from stateful_kv.history import HistoryRow
 from stateful_kv.ledger import Ledger, TokenArray
 from stateful_kv.receipts import (
     FINISH_CANCELLED,
@@ -44,6 +45,7 @@ class SessionState:
         ledger: every token of the session.
         cache: where KV lies.
         drafter: proposes tokens; None when drafting is off.
+        history: which of the tokens are on the device, for visits.
         sequence_id: the session's sequence, or None while its KV is dropped.
         num_stored: tokens of this sequence the prefix tree has been given.
         turn: the running turn, if any.
@@ -57,6 +59,7 @@ class SessionState:
     drafter: Drafter | None
     sequence_id: int | None = None
     num_stored: int = 0
+    history: HistoryRow = field(default_factory=HistoryRow)
     turn: Turn | None = None
     last_used: int = 0
     is_closed: bool = False
@@ -110,6 +113,7 @@ class SessionState:
     def truncate(self, length: int) -> None:
         """Drops the tokens from `length` on, with their KV and every reservation."""
         self.ledger.truncate(length)
+        self.history.truncate(length)
         if self.drafter is not None:
             self.drafter.truncate(length)
         if self.sequence_id is None:
@@ -263,6 +267,28 @@ class Turn:
         """Marks the reply as complete; `close_books` writes it out once KV is committed."""
         self.finish_reason = reason
         self.phase = TurnPhase.FINISHED
+
+    def end_step(
+        self, *, num_steps: int, num_prompt_rows: int, forward_s: float, host_s: float
+    ) -> None:
+        """Writes committed steps into the receipt; closes the books if they ended the turn."""
+        if self.error is not None:
+            return
+        self.receipt.steps += num_steps
+        self.receipt.host_s += host_s
+        self.receipt.computed_tokens += num_prompt_rows
+        if num_prompt_rows:
+            self.receipt.prefill_s += forward_s
+        else:
+            self.receipt.decode_s += forward_s
+        if self.is_finished and not self.is_streamed:
+            try:
+                self.close_books()
+            except Exception as error:
+                self.fail(error)
+            except BaseException as error:
+                self.fail(error)
+                raise
 
     def close_books(self) -> None:
         """Records the finished turn in the ledger, stores its pages and makes the reply."""

@@ -8,6 +8,7 @@ a model as it is on CUDA, in bfloat16.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -71,15 +72,22 @@ def make_engine(llama: LlamaModel) -> Iterator[MakeEngine]:
     engines: list[Engine] = []
 
     def make(
-        model: Any = None, tokenizer: Any = None, cost_curve: CostChoice = COSTS, **config: Any
+        model: Any = None,
+        tokenizer: Any = None,
+        cost_curve: CostChoice = COSTS,
+        is_recorded: bool = True,
+        **config: Any,
     ) -> Engine:
-        config = {"kv_tokens": 4096, "page_size": 16, **config}
+        # Steps are single unless a test says otherwise, also on CUDA.
+        config = {"kv_tokens": 4096, "page_size": 16, "steps_per_visit": 1, **config}
         if model is None:
             config["device"] = str(llama.device)
             # What tests mean by float16, and what the CPU takes, is KV in 16 bits.
             if llama.dtype == torch.bfloat16 and config.get("kv_dtype", "float16") == "float16":
                 config["kv_dtype"] = "bfloat16"
-        model = Recorder(llama if model is None else model)
+        model = llama if model is None else model
+        if is_recorded:  # which looks at the logits: a step with it cannot be a CUDA graph
+            model = Recorder(model)
         tokenizer = tokenizer or ByteTokenizer()
         engine = Engine(model, tokenizer, EngineConfig(**config), cost_curve=cost_curve)
         engines.append(engine)
@@ -100,3 +108,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "new" / "cache"
     monkeypatch.setenv(cost_file.FOLDER_VARIABLE, str(path))
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_silent_fall_back() -> Iterator[None]:
+    """A visit that fails warns; where a test does not expect that, it fails."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "a visit of several steps failed")
+        yield

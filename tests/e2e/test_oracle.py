@@ -73,7 +73,10 @@ def act(engine: Engine, sessions: list[Session], rng: random.Random) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("kv_tokens", [320, 4096])
-def test_random_sessions(make_engine: MakeEngine, seed: int, kv_tokens: int) -> None:
+@pytest.mark.parametrize("steps_per_visit", [1, 3, 8])
+def test_random_sessions(
+    make_engine: MakeEngine, seed: int, kv_tokens: int, steps_per_visit: int
+) -> None:
     rng = random.Random(seed)
     engine = make_engine(
         Provenance(),
@@ -82,6 +85,7 @@ def test_random_sessions(make_engine: MakeEngine, seed: int, kv_tokens: int) -> 
         page_size=rng.choice([1, 4, 8, 16]),
         max_batch_tokens=rng.choice([3, 16, 1024]),
         draft=rng.random() < 0.8,
+        steps_per_visit=steps_per_visit,
     )
     sessions = [engine.session(system="a common beginning for all of them")]
     for _ in range(40):

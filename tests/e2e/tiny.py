@@ -258,8 +258,11 @@ class Scripted(StubModel):
         offsets = batch.query_offsets.tolist()
         positions = batch.positions.tolist()
         token_ids = batch.token_ids.tolist()
-        wanted = []
+        wanted: list[int | None] = []
         for row in batch.logit_rows.tolist():
+            if row >= offsets[-1]:  # padding
+                wanted.append(END)
+                continue
             sequence = next(s for s in range(len(offsets) - 1) if row < offsets[s + 1])
             first_page = int(batch.page_table[sequence, 0])
             begin = offsets[sequence]
@@ -284,8 +287,9 @@ class Provenance(StubModel):
     def next_tokens(self, batch: Batch, cache: KVCache) -> list[int | None]:
         size = cache.page_size
         keys = cache.k[0, :, 0].view(-1, 2)
-        keys[batch.slots, 0] = batch.token_ids.to(keys.dtype)
-        keys[batch.slots, 1] = batch.positions.to(keys.dtype)
+        fed = batch.slots >= 0
+        keys[batch.slots[fed], 0] = batch.token_ids[fed].to(keys.dtype)
+        keys[batch.slots[fed], 1] = batch.positions[fed].to(keys.dtype)
         wanted: list[int | None] = []
         offsets = batch.query_offsets.tolist()
         rows = batch.logit_rows.tolist()

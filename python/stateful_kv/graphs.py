@@ -1,0 +1,46 @@
+"""CUDA graphs: a function that only launches kernels, recorded once and replayed as one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NUM_WARM_UPS = 2  # libraries choose kernels and take workspaces in their first calls
+
+
+class GraphRecorder:
+    """Records functions; their graphs share one pool of memory, so only one may run at a time.
+
+    What a function allocates lies in that pool and is overwritten by the next replay of any of
+    these graphs: what is to last goes to tensors that exist before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Returns what does the same as `function` with the contents its tensors have then.
+
+        The function is run a few times, then recorded: it must not look at device memory from the
+        host, and running it must change nothing yet.
+        """
+        with torch.cuda.device(self._device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(NUM_WARM_UPS):
+                    function()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Only this thread's calls are forbidden meanwhile: others may use the device.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                function()
+        replay: Callable[[], None] = graph.replay
+        return replay

@@ -1,0 +1,36 @@
+"""What the tests of visits share: engines that make them, and what a session is compared by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from stateful_kv.engine import Engine
+from stateful_kv.session import Session
+from stateful_kv.visits import Visits
+
+MESSAGES = ("list the files, please", "read a.txt and read a.txt again", "ok", "now write b.txt")
+STEPS = [2, 3, 8]
+
+
+def visits(engine: Engine) -> Visits:
+    return engine._visits
+
+
+def play(session: Session, messages: tuple[str, ...] = MESSAGES, **sampling: Any) -> list[int]:
+    for message in messages:
+        session.turn(message, **{"max_tokens": 24, "ignore_eos": True, **sampling})
+    return session.token_ids
+
+
+def kv_of(session: Session) -> list[bytes]:
+    """Keys and values of all tokens with KV, read through the page table."""
+    state, cache = session._state, session._state.cache
+    pages = cache.page_table(state.sequence_id).long()
+    pools = [one for one in (cache.k, cache.v, cache.k_scales, cache.v_scales) if one is not None]
+    found = []
+    for pool in pools:
+        tokens = pool[:, pages].transpose(2, 3).flatten(1, 2)[:, : state.committed_len]
+        found.append(tokens.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return found
