@@ -113,5 +113,6 @@ def lines(document: dict[str, Any]) -> list[str]:
 def main(documents: list[dict[str, Any]]) -> int:
     """Prints the lines of all documents."""
     for document in documents:
-        print(*lines(document), sep="\n")
+        for line in lines(document):
+            print(line)
     return 0

@@ -220,6 +220,11 @@ done
 say ""
 say "=== figures"
 [ ! -s "$out/bits.log" ] || grep 'equal for' "$out/bits.log" | cut -c1-110
+for one in attention splits flex model workflow; do
+  [ ! -s "$out/bench-$one.log" ] || grep ' vs ' "$out/bench-$one.log" | cut -c1-150
+done
+say ""
+say "=== targets"
 results=()
 for one in gpu_attention gpu_model gpu_workflow; do
   [ ! -s "$out/$one.json" ] || results+=("$out/$one.json")

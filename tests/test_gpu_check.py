@@ -35,7 +35,7 @@ esac
 if [ -n "$FAKE_FAIL" ] && [[ "$*" == *"$FAKE_FAIL"* ]]; then
   echo "error: at first"; seq 30; exit 3
 fi
-[[ "$*" != *"bench run"* ]] || cp "$FAKE_RESULT" "${@: -1}"
+[[ "$*" != *"bench run"* ]] || { cp "$FAKE_RESULT" "${@: -1}"; echo "case: 2 us, 3x vs peer"; }
 [[ "$*" != *gpu_bits* ]] || echo "cublas: small 8x8: equal for 1 2 rows"
 """
 PROGRAMS = {
@@ -101,6 +101,7 @@ def test_all_stages_pass(machine: Machine) -> None:
     assert table(done.stdout) == dict.fromkeys(STAGES, ("passed", ""))
     assert done.stdout.splitlines()[-1].startswith("no stage failed")
     assert "gpu_x case: 3 us (asked: <= 4): goal met" in done.stdout
+    assert done.stdout.count("case: 2 us, 3x vs peer") == 5
     assert "cublas: small 8x8: equal for 1 2 rows" in done.stdout
     for stage in STAGES:
         assert (machine.out / f"{stage}.log").exists(), stage
