@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stateful_kv.device_loop import DeviceLoop
 from stateful_kv.errors import OutOfPagesError
@@ -187,6 +189,65 @@ class TestUploads:
             texts.append([session.token_ids for session in sessions])
             assert len(visits(engine).loop._recorded) == (0 if steps == 1 else 2)
         assert texts[0] == texts[1]
+
+
+class Launches(TorchDispatchMode):
+    """Writes down the ops that are called, with the shapes of their tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        self.calls.append((str(func), tuple((t.shape, t.stride(), t.dtype) for t in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("llama", ["packed", "cpu"], indirect=True)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 3, "top_p": 0.8}])
+def test_a_step_is_the_same_launches_every_time(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, sampling: dict
+) -> None:
+    """What a graph needs, checked without one: nothing depends on a value on the device."""
+    seen: dict[Any, list[list[tuple[str, tuple[Any, ...]]]]] = {}
+    step = DeviceLoop._step
+
+    def watched(self: DeviceLoop, state: Any) -> None:
+        with Launches() as launches:
+            step(self, state)
+        seen.setdefault(state.shape, []).append(launches.calls)
+
+    monkeypatch.setattr(DeviceLoop, "_step", watched)
+    engine = make_engine(steps_per_visit=4, is_recorded=False)
+    sessions = [engine.session() for _ in range(3)]
+    for message in MESSAGES:
+        items = [(one, message * (1 + index)) for index, one in enumerate(sessions)]
+        engine.gather(items, max_tokens=30, **sampling)
+    assert sum(map(len, seen.values())) > 40
+    for steps in seen.values():
+        assert all(calls == steps[0] for calls in steps)
+        names = {name for name, _ in steps[0]}
+        assert "stateful_kv.advance_sequences.default" in names
+        assert not waits_for_the_device(names)
+
+
+def waits_for_the_device(names: set[str]) -> bool:
+    waits = ("item", "_local_scalar", "nonzero", "index.Tensor", "masked_select", "equal", "unique")
+    return any(wait in name for name in names for wait in waits)
+
+
+def test_the_check_notices_waits_and_values() -> None:
+    tokens = torch.tensor([1, 0, 2])
+    for wait in (lambda: int(tokens[0]), lambda: tokens[tokens > 0], lambda: bool(tokens.any())):
+        with torch.inference_mode(), Launches() as launches:
+            wait()
+        assert waits_for_the_device({name for name, _ in launches.calls})
+    with Launches() as one, torch.inference_mode():
+        tokens[:1] + 1
+    with Launches() as other, torch.inference_mode():
+        tokens[:2] + 1
+    assert one.calls != other.calls
 
 
 on_cuda = pytest.mark.parametrize("llama", ["cuda"], indirect=True)
