@@ -1,5 +1,5 @@
-// The arguments of paged_attention: checks of shapes and dtypes that hold on every device, and the
-// parameters of the kernel.
+// The arguments of paged_attention and shared_prefix_attention: checks of shapes and dtypes that
+// hold on every device, and the parameters of the kernel.
 #pragma once
 
 #include <cmath>
@@ -75,6 +75,58 @@ inline PagedAttentionParams params_of(const PagedAttentionArgs& args, const KvLa
       .scale = static_cast<float>(args.scale),
       .sliding_window = args.sliding_window,
       .soft_cap = static_cast<float>(args.soft_cap),
+  };
+}
+
+struct SharedPrefixArgs {
+  const at::Tensor& group_offsets;
+  const at::Tensor& prefix_lens;
+};
+
+inline void check_shared_prefixes(const OpCheck& check, const SharedPrefixArgs& args) {
+  const int64_t num_groups = check_offsets_shape(check, "group_offsets", args.group_offsets, "G");
+  check("prefix_lens", args.prefix_lens).dtype({at::kInt}).shape({{"G", num_groups}}).contiguous();
+}
+
+// Host memory only, after check_sequences. The groups cover all sequences, and those of a group
+// begin with the same pages.
+inline void check_prefix_values(const OpCheck& check, const SharedPrefixArgs& args,
+                                const at::Tensor& page_table, const at::Tensor& seq_lens,
+                                const KvLayout& layout) {
+  check_offset_values(check, "group_offsets", args.group_offsets, seq_lens.numel(), "sequences");
+  const int32_t* offsets = args.group_offsets.const_data_ptr<int32_t>();
+  const int32_t* prefixes = args.prefix_lens.const_data_ptr<int32_t>();
+  const int32_t* lengths = seq_lens.const_data_ptr<int32_t>();
+  const int32_t* pages = page_table.const_data_ptr<int32_t>();
+  for (int64_t group = 0; group < args.prefix_lens.numel(); ++group) {
+    TORCH_CHECK_VALUE(prefixes[group] >= 0, check.op(),
+                      ": prefix_lens: expected lengths >= 0, got ", prefixes[group], " at index ",
+                      group);
+    const int64_t num_pages = (prefixes[group] + layout.page_size - 1) / layout.page_size;
+    const int64_t first = offsets[group];
+    for (int64_t sequence = first; sequence < offsets[group + 1]; ++sequence) {
+      TORCH_CHECK_VALUE(prefixes[group] <= lengths[sequence], check.op(),
+                        ": prefix_lens: expected at most the length of each sequence of the "
+                        "group, got ",
+                        prefixes[group], " at index ", group, " for sequence ", sequence,
+                        " of length ", lengths[sequence]);
+      for (int64_t i = 0; i < num_pages; ++i) {
+        const int32_t expected = pages[first * page_table.stride(0) + i];
+        const int32_t got = pages[sequence * page_table.stride(0) + i];
+        TORCH_CHECK_VALUE(got == expected, check.op(),
+                          ": page_table: expected the pages of a "
+                          "shared prefix to be those of the group's first sequence, ",
+                          expected, " here, got ", got, " at [", sequence, ", ", i, "]");
+      }
+    }
+  }
+}
+
+inline SharedPrefixes prefixes_of(const SharedPrefixArgs& args) {
+  return {
+      .group_offsets = args.group_offsets.const_data_ptr<int32_t>(),
+      .prefix_lens = args.prefix_lens.const_data_ptr<int32_t>(),
+      .num_groups = args.prefix_lens.numel(),
   };
 }
 

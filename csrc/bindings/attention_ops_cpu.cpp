@@ -1,4 +1,4 @@
-// CPU kernel of paged_attention: check values, launch.
+// CPU kernels of paged_attention and shared_prefix_attention: check values, launch.
 #include <torch/library.h>
 
 #include "csrc/bindings/attention_args.h"
@@ -11,29 +11,58 @@ namespace skv::bindings {
 
 namespace {
 
+// prefixes: of shared_prefix_attention, else null. They are checked and then of no use: a CPU walks
+// the keys of one sequence after those of another, and its caches are too small for a prefix.
+at::Tensor attend(const OpCheck& check, const PagedAttentionArgs& args,
+                  const SharedPrefixArgs* prefixes) {
+  const KvLayout layout = check_pools(check, args.k_pool, args.v_pool);
+  check_attention_head_dim(check, layout);
+  check_paged_attention(check, args, layout, {at::kFloat});
+  if (prefixes != nullptr) check_shared_prefixes(check, *prefixes);
+  const at::Tensor& q = args.q;
+  check_row_offsets(check, "query_offsets", args.query_offsets, q.size(0));
+  check_sequences(check, args.page_table, args.seq_lens, args.query_offsets, layout);
+  if (prefixes != nullptr) {
+    check_prefix_values(check, *prefixes, args.page_table, args.seq_lens, layout);
+  }
+  const at::Tensor output = empty_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type(), q);
+  cpu::kernels().paged_attention(params_of(args, layout, output), torch_parallel_for);
+  return output;
+}
+
 at::Tensor paged_attention_cpu(const at::Tensor& q, const at::Tensor& k_pool,
                                const at::Tensor& v_pool, const at::Tensor& page_table,
                                const at::Tensor& seq_lens, const at::Tensor& query_offsets,
                                double scale, int64_t sliding_window, double soft_cap,
                                const OptionalTensor& k_scales, const OptionalTensor& v_scales) {
   const OpCheck check{"paged_attention", q.device()};
-  const PagedAttentionArgs args{q,        k_pool,        v_pool,  page_table,
-                                seq_lens, query_offsets, scale,   sliding_window,
-                                soft_cap, k_scales,      v_scales};
-  const KvLayout layout = check_pools(check, k_pool, v_pool);
-  check_attention_head_dim(check, layout);
-  check_paged_attention(check, args, layout, {at::kFloat});
-  check_row_offsets(check, "query_offsets", query_offsets, q.size(0));
-  check_sequences(check, page_table, seq_lens, query_offsets, layout);
-  const at::Tensor output = empty_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type(), q);
-  cpu::kernels().paged_attention(params_of(args, layout, output), torch_parallel_for);
-  return output;
+  return attend(check,
+                {q, k_pool, v_pool, page_table, seq_lens, query_offsets, scale, sliding_window,
+                 soft_cap, k_scales, v_scales},
+                nullptr);
+}
+
+at::Tensor shared_prefix_attention_cpu(const at::Tensor& q, const at::Tensor& k_pool,
+                                       const at::Tensor& v_pool, const at::Tensor& page_table,
+                                       const at::Tensor& seq_lens, const at::Tensor& query_offsets,
+                                       const at::Tensor& group_offsets,
+                                       const at::Tensor& prefix_lens, double scale,
+                                       int64_t sliding_window, double soft_cap,
+                                       const OptionalTensor& k_scales,
+                                       const OptionalTensor& v_scales) {
+  const OpCheck check{"shared_prefix_attention", q.device()};
+  const SharedPrefixArgs prefixes{group_offsets, prefix_lens};
+  return attend(check,
+                {q, k_pool, v_pool, page_table, seq_lens, query_offsets, scale, sliding_window,
+                 soft_cap, k_scales, v_scales},
+                &prefixes);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(stateful_kv, CPU, m) {
   m.impl("paged_attention", TORCH_FN(paged_attention_cpu));
+  m.impl("shared_prefix_attention", TORCH_FN(shared_prefix_attention_cpu));
 }
 
 }  // namespace skv::bindings

@@ -1,8 +1,10 @@
-// paged_attention on CUDA: check what CUDA alone wants, launch. Contents of the page table and the
-// lengths are not checked here, which would need a synchronisation.
+// paged_attention and shared_prefix_attention on CUDA: check what CUDA alone wants, launch.
+// Contents of the page table and the lengths are not checked here, which would need a
+// synchronisation.
 #include <torch/library.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <string>
 #include <utility>
 
@@ -11,6 +13,7 @@
 #include "csrc/bindings/cuda_launch.h"
 #include "csrc/bindings/kv_checks.h"
 #include "csrc/bindings/torch_shim.h"
+#include "csrc/kernels/cuda/attention.h"
 #include "csrc/kernels/cuda/kernels.h"
 
 namespace skv::bindings {
@@ -25,33 +28,75 @@ void check_head_dim(const OpCheck& check, int64_t head_dim, std::integer_sequenc
               head_dim);
 }
 
+// Tests choose how the work is divided, to see that it changes no bit.
+cuda::AttentionTuning tuning_of_tests() {
+  const auto number = [](const char* name) {
+    const char* text = std::getenv(name);
+    return text == nullptr ? -1 : std::atoi(text);
+  };
+  return {.run_log2 = number("SKV_ATTENTION_RUN_LOG2"), .warps = number("SKV_ATTENTION_WARPS")};
+}
+
+// prefixes: of shared_prefix_attention, else null.
+at::Tensor attend(const OpCheck& check, const PagedAttentionArgs& args,
+                  const SharedPrefixArgs* prefixes) {
+  const KvLayout layout = check_pools(check, args.k_pool, args.v_pool);
+  check_head_dim(check, layout.head_dim, cuda::HeadDims{});
+  check_pool_alignment(check, "k_pool", args.k_pool);
+  check_pool_alignment(check, "v_pool", args.v_pool);
+  check_paged_attention(check, args, layout, kPoolDtypes);
+  if (prefixes != nullptr) check_shared_prefixes(check, *prefixes);
+  const int64_t num_positions = args.page_table.size(1) * layout.page_size;
+  check.value("page_table", num_positions <= cuda::kMaxPositions,
+              "M * B to be at most " + std::to_string(cuda::kMaxPositions), num_positions);
+  const at::Tensor& q = args.q;
+  const c10::cuda::CUDAGuard guard(q.device());  // the plan asks for the limits of the device
+  const at::Tensor output = empty_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type(), q);
+  cuda::PagedAttentionCall call{
+      .params = params_of(args, layout, output), .prefixes = {}, .tuning = tuning_of_tests()};
+  if (prefixes != nullptr) call.prefixes = prefixes_of(*prefixes);
+  const cudaError_t status = cuda::paged_attention_scratch(call, &call.scratch_bytes);
+  TORCH_CHECK(status == cudaSuccess, check.op(),
+              ": CUDA cannot plan the launch: ", cudaGetErrorString(status));
+  const at::Tensor scratch = empty_tensor({call.scratch_bytes}, at::kByte, q);
+  call.scratch = scratch.mutable_data_ptr();
+  launch(check.op(), cuda::paged_attention, call, q);
+  return output;
+}
+
 at::Tensor paged_attention_cuda(const at::Tensor& q, const at::Tensor& k_pool,
                                 const at::Tensor& v_pool, const at::Tensor& page_table,
                                 const at::Tensor& seq_lens, const at::Tensor& query_offsets,
                                 double scale, int64_t sliding_window, double soft_cap,
                                 const OptionalTensor& k_scales, const OptionalTensor& v_scales) {
   const OpCheck check{"paged_attention", q.device()};
-  const PagedAttentionArgs args{q,        k_pool,        v_pool,  page_table,
-                                seq_lens, query_offsets, scale,   sliding_window,
-                                soft_cap, k_scales,      v_scales};
-  check("k_pool", k_pool).dtype(kPoolDtypes);  // int8 is not built yet
-  const KvLayout layout = check_pools(check, k_pool, v_pool);
-  check_head_dim(check, layout.head_dim, cuda::HeadDims{});
-  check_pool_alignment(check, "k_pool", k_pool);
-  check_pool_alignment(check, "v_pool", v_pool);
-  check_paged_attention(check, args, layout, kPoolDtypes);
-  const int64_t num_positions = page_table.size(1) * layout.page_size;
-  check.value("page_table", num_positions <= cuda::kMaxPositions,
-              "M * B to be at most " + std::to_string(cuda::kMaxPositions), num_positions);
-  const at::Tensor output = empty_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type(), q);
-  launch(check.op(), cuda::paged_attention, params_of(args, layout, output), q);
-  return output;
+  return attend(check,
+                {q, k_pool, v_pool, page_table, seq_lens, query_offsets, scale, sliding_window,
+                 soft_cap, k_scales, v_scales},
+                nullptr);
+}
+
+at::Tensor shared_prefix_attention_cuda(const at::Tensor& q, const at::Tensor& k_pool,
+                                        const at::Tensor& v_pool, const at::Tensor& page_table,
+                                        const at::Tensor& seq_lens, const at::Tensor& query_offsets,
+                                        const at::Tensor& group_offsets,
+                                        const at::Tensor& prefix_lens, double scale,
+                                        int64_t sliding_window, double soft_cap,
+                                        const OptionalTensor& k_scales,
+                                        const OptionalTensor& v_scales) {
+  const OpCheck check{"shared_prefix_attention", q.device()};
+  const SharedPrefixArgs prefixes{group_offsets, prefix_lens};
+  return attend(check,
+                {q, k_pool, v_pool, page_table, seq_lens, query_offsets, scale, sliding_window,
+                 soft_cap, k_scales, v_scales},
+                &prefixes);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(stateful_kv, CUDA, m) {
   m.impl("paged_attention", TORCH_FN(paged_attention_cuda));
+  m.impl("shared_prefix_attention", TORCH_FN(shared_prefix_attention_cuda));
 }
 
 }  // namespace skv::bindings

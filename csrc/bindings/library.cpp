@@ -21,6 +21,12 @@ TORCH_LIBRARY(stateful_kv, m) {
       "Tensor query_offsets, float scale, int sliding_window=0, float soft_cap=0.0, "
       "Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
       tags);
+  m.def(
+      "shared_prefix_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor page_table, "
+      "Tensor seq_lens, Tensor query_offsets, Tensor group_offsets, Tensor prefix_lens, "
+      "float scale, int sliding_window=0, float soft_cap=0.0, Tensor? k_scales=None, "
+      "Tensor? v_scales=None) -> Tensor",
+      tags);
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual=None) -> Tensor", tags);
   m.def(
       "rope_append_kv(Tensor(a!) q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, "

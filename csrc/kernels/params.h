@@ -36,6 +36,14 @@ struct PagedAttentionParams {
   float soft_cap;          // c > 0: score = c * tanh(score / c), after scale; 0 = off
 };
 
+// Groups of neighbouring sequences that begin with the same tokens on the same pages.
+struct SharedPrefixes {
+  const int32_t* group_offsets;  // [G + 1], sequences of group j are [offsets[j], offsets[j+1]);
+                                 // null: nothing is known of shared tokens
+  const int32_t* prefix_lens;    // [G], tokens that all sequences of the group have in common
+  int64_t num_groups;            // G
+};
+
 enum class WeightFormat : int32_t { kFloat32, kInt8, kInt4 };
 
 // Columns of a weight panel: all formats keep 16 output columns together.

@@ -135,10 +135,13 @@ void test_transpose() {
 
 __global__ void copies_kernel(const int4* in, int4* out) {
   __shared__ int4 target[3];
+  __shared__ int words[2];
   cp_async16(&target[0], &in[0], true);
   cp_async_commit();
   cp_async16(&target[1], &in[1], true);
   cp_async16(&target[2], &in[2], false);
+  cp_async4(&words[0], &in[2].y, true);
+  cp_async4(&words[1], &in[2].z, false);
   cp_async_commit();
   out[0] = target[0];  // too early
   cp_async_wait<1>();
@@ -147,11 +150,12 @@ __global__ void copies_kernel(const int4* in, int4* out) {
   cp_async_wait<0>();
   out[3] = target[1];
   out[4] = target[2];
+  out[5] = {words[0], words[1], 0, 0};
 }
 
 void test_copies() {
   const int4 in[3] = {{1, 2, 3, 4}, {5, 6, 7, 8}, {9, 9, 9, 9}};
-  int4 out[5];
+  int4 out[6];
   expect(run(copies_kernel, {1, 1}, &in[0], &out[0]) == "", "the copy kernel runs");
   const char* mode = std::getenv("SKV_EMULATION_COPIES");
   const bool is_early = mode != nullptr && std::string(mode) == "early";
@@ -160,6 +164,7 @@ void test_copies() {
   expect((out[2].x == -1) != is_early, "wait<1> leaves the younger group");
   expect(out[3].x == 5 && out[3].w == 8, "wait<0> completes all");
   expect(out[4].x == 0 && out[4].w == 0, "a copy that is not valid writes zeros");
+  expect(out[5].x == 9 && out[5].y == 0, "copies of four bytes");
 }
 
 // ---- Warps and barriers
@@ -353,6 +358,8 @@ void test_arithmetic() {
   expect(pack2<__half>(1.0f, -2.0f) == 0xC0003C00u, "pack2 of fp16");
   expect(pack2<__nv_bfloat16>(1.0f, -2.0f) == 0xC0003F80u, "pack2 of bf16");
   expect(pack2<__nv_bfloat16>(1.00390625f, 1.01171875f) == 0x3F823F80u, "rounding to even");
+  expect(subtract2<__half>(0x64806401u, 0x64806480u) == 0x0000D7F0u, "subtract2 of fp16");
+  expect(subtract2<__nv_bfloat16>(0x437F4301u, 0x43004380u) == 0x42FEC2FEu, "subtract2 of bf16");
   expect(exp2_approx(-INFINITY) == 0.0f && exp2_approx(0.0f) == 1.0f, "exact powers of two");
   expect(exp2_approx(-127.0f) == 0.0f && std::isnan(exp2_approx(NAN)), "exp2 flushes subnormals");
   expect(__float2int_rn(2.5f) == 2 && __float2int_rn(1e30f) == 2147483647, "__float2int_rn");

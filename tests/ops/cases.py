@@ -39,6 +39,17 @@ def _paged_attention() -> Arguments:
     return {**tensors, "scale": batch.scale, "sliding_window": 7, "soft_cap": 20.0} | NO_SCALES
 
 
+def _shared_prefix_attention() -> Arguments:
+    arguments = _paged_attention()
+    # Two sequences of one prefix and one by itself.
+    arguments["page_table"][0, 0] = arguments["page_table"][1, 0] = arguments["page_table"][2, 0]
+    arguments["seq_lens"][1] = 16
+    places = {"group_offsets": offsets([2, 1]), "prefix_lens": torch.tensor([16, 0]).int()}
+    names = list(arguments)
+    first, last = names[: names.index("scale")], names[names.index("scale") :]
+    return {n: arguments[n] for n in first} | places | {n: arguments[n] for n in last}
+
+
 def _rms_norm() -> Arguments:
     x, residual = torch.randn(2, 3, 40)
     return {"x": x, "weight": torch.randn(40), "eps": 1e-5, "residual": residual.clone()}
@@ -217,6 +228,13 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
         "Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
         _paged_attention,
     ),
+    "shared_prefix_attention": (
+        "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor page_table, Tensor seq_lens, "
+        "Tensor query_offsets, Tensor group_offsets, Tensor prefix_lens, float scale, "
+        "int sliding_window=0, float soft_cap=0.0, Tensor? k_scales=None, "
+        "Tensor? v_scales=None) -> Tensor",
+        _shared_prefix_attention,
+    ),
     "rms_norm": (
         "(Tensor x, Tensor weight, float eps, Tensor(a!)? residual=None) -> Tensor",
         _rms_norm,
@@ -294,7 +312,13 @@ def valid_arguments(op: str) -> Arguments:
     return CASES[op][1]()
 
 
-INT8_OPS = ("append_kv", "copy_pages", "paged_attention", "rope_append_kv")
+INT8_OPS = (
+    "append_kv",
+    "copy_pages",
+    "paged_attention",
+    "rope_append_kv",
+    "shared_prefix_attention",
+)
 
 
 def int8_arguments(op: str) -> Arguments:

@@ -42,8 +42,7 @@ def calls() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for op in sorted(CUDA_OPS):
         yield op, "", valid_arguments(op)
     for op in INT8_OPS:
-        if op != "paged_attention":  # reads no int8 pools on CUDA
-            yield op, "int8", int8_arguments(op)
+        yield op, "int8", int8_arguments(op)
     names = ("q", "k_pool", "v_pool", "page_table", "seq_lens", "query_offsets")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for head_dim in (64, 128):

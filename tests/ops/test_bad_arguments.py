@@ -171,6 +171,43 @@ SHARES: dict[str, Change] = PER_ROW | {
     "nan": set_value(2, NAN),
 }
 
+ATTENTION: dict[str, dict[str, Change]] = {
+    "q": {
+        "dtype": dtype(F64),
+        "rank": flatter,
+        "stride": spread,
+        "head_dim": resize(2, 16),
+        "heads": resize(1, 1),
+    },
+    "k_pool": POOL,
+    "v_pool": V_POOL,
+    "page_table": {
+        "dtype": dtype(I64),
+        "rank": flatter,
+        "stride": spread,
+        "size": resize(0, 1),
+        "negative": set_value((0, 1), -1),
+        "past the end": set_value((2, 2), 10),
+        "huge": set_value((2, 0), HUGE),
+    },
+    "seq_lens": {
+        "dtype": dtype(I64),
+        "rank": deeper,
+        "size": resize(0, 1),
+        "stride": spread,
+        "negative": set_value(1, -1),
+        "shorter than its rows": set_value(0, 2),
+        "beyond the table": set_value(2, 81),
+        "huge": set_value(2, HUGE),
+    },
+    "query_offsets": ROW_OFFSETS,
+    "scale": {"nan": to(float("nan")), "inf": to(float("inf"))},
+    "sliding_window": {"negative": to(-1)},
+    "soft_cap": {"negative": to(-1.0), "nan": to(float("nan"))},
+    "k_scales": SCALES_WITHOUT_INT8,
+    "v_scales": SCALES_WITHOUT_INT8,
+}
+
 BAD: dict[str, dict[str, dict[str, Change]]] = {
     "append_kv": {
         "k": ROWS | {"size": resize(0, 1)},
@@ -196,41 +233,19 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
         "k_scales": SCALES_WITHOUT_INT8,
         "v_scales": SCALES_WITHOUT_INT8,
     },
-    "paged_attention": {
-        "q": {
-            "dtype": dtype(F64),
-            "rank": flatter,
-            "stride": spread,
-            "head_dim": resize(2, 16),
-            "heads": resize(1, 1),
-        },
-        "k_pool": POOL,
-        "v_pool": V_POOL,
-        "page_table": {
-            "dtype": dtype(I64),
-            "rank": flatter,
-            "stride": spread,
-            "size": resize(0, 1),
-            "negative": set_value((0, 1), -1),
-            "past the end": set_value((2, 2), 10),
-            "huge": set_value((2, 0), HUGE),
-        },
-        "seq_lens": {
+    "paged_attention": ATTENTION,
+    "shared_prefix_attention": ATTENTION
+    | {
+        "group_offsets": OFFSETS,
+        "prefix_lens": {
             "dtype": dtype(I64),
             "rank": deeper,
             "size": resize(0, 1),
             "stride": spread,
-            "negative": set_value(1, -1),
-            "shorter than its rows": set_value(0, 2),
-            "beyond the table": set_value(2, 81),
-            "huge": set_value(2, HUGE),
+            "negative": set_value(0, -1),
+            "longer than a sequence": set_value(0, 17),
+            "huge": set_value(1, HUGE),
         },
-        "query_offsets": ROW_OFFSETS,
-        "scale": {"nan": to(float("nan")), "inf": to(float("inf"))},
-        "sliding_window": {"negative": to(-1)},
-        "soft_cap": {"negative": to(-1.0), "nan": to(float("nan"))},
-        "k_scales": SCALES_WITHOUT_INT8,
-        "v_scales": SCALES_WITHOUT_INT8,
     },
     "rms_norm": {
         "x": {"dtype": dtype(F64), "int": dtype(I32), "stride": spread, "rank": to(torch.ones(()))},

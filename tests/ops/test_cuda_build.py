@@ -31,6 +31,7 @@ CUDA_OPS = {
     "rms_norm",
     "rope_append_kv",
     "sample",
+    "shared_prefix_attention",
     "silu_mul",
     "verify_draft",
 }

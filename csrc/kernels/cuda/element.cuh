@@ -45,6 +45,10 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
 __device__ __forceinline__ float4 load4(const float* source) {
   return *reinterpret_cast<const float4*>(source);
 }
+__device__ __forceinline__ float4 load4(const int8_t* source) {
+  const char4 packed = *reinterpret_cast<const char4*>(source);
+  return make_float4(packed.x, packed.y, packed.z, packed.w);
+}
 template <typename T>
 __device__ __forceinline__ float4 load4(const T* source) {
   static_assert(sizeof(T) == 2);

@@ -1,4 +1,5 @@
 // Launchers of the CUDA kernels: plain parameters in, launch status out. No template, no torch.
+// Those of paged attention are in attention.h.
 //
 // Contract, for all of them:
 // - The call enqueues work on `stream` of the current device and returns; nothing synchronises,
@@ -26,7 +27,7 @@ namespace skv::cuda {
 // Head dims that paged_attention is built for. The error texts are made from this list.
 using HeadDims = std::integer_sequence<int, 64, 96, 128, 256>;
 
-// Pool base addresses must be multiples of this: keys and values are read four at a time.
+// Pool base addresses must be multiples of this: keys and values are read 16 bytes at a time.
 inline constexpr uintptr_t kPoolAlignment = 16;
 
 // paged_attention counts positions in int32, with room to step past the last one.
@@ -41,7 +42,6 @@ cudaError_t argmax(const ArgmaxParams& params, cudaStream_t stream);
 cudaError_t copy_pages(const CopyPagesParams& params, cudaStream_t stream);
 cudaError_t fill_rows(const FillRowsParams& params, cudaStream_t stream);
 cudaError_t ngram_lookup(const NgramLookupParams& params, cudaStream_t stream);
-cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
 cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);
 cudaError_t rope_append_kv(const RopeAppendKvParams& params, cudaStream_t stream);
 cudaError_t sample(const SampleParams& params, cudaStream_t stream);

@@ -26,6 +26,13 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global, boo
                : "memory");
 }
 
+// The same with 4 bytes.
+__device__ __forceinline__ void cp_async4(void* shared, const void* global, bool is_valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(is_valid ? 4 : 0)
+               : "memory");
+}
+
 // Ends a group: all copies of this thread since the last commit, maybe none.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
@@ -104,6 +111,22 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(result) : "f"(high), "f"(low));
   } else {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(result) : "f"(high), "f"(low));
+  }
+  return result;
+}
+
+// Differences of two pairs of 16-bit elements, each rounded to nearest even.
+template <typename T>
+__device__ __forceinline__ uint32_t subtract2(uint32_t left, uint32_t right) {
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+  uint32_t result;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    // sm_80 has no subtraction of bfloat16: left * 1 + (-right) rounds once too.
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;\n"
+        : "=r"(result)
+        : "r"(left), "r"(0x3f803f80u), "r"(right ^ 0x80008000u));
+  } else {
+    asm("sub.rn.f16x2 %0, %1, %2;\n" : "=r"(result) : "r"(left), "r"(right));
   }
   return result;
 }

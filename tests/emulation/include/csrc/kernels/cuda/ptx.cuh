@@ -15,6 +15,9 @@ namespace skv::cuda {
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool is_valid) {
   emulation::copy_async(shared, global, 16, is_valid);
 }
+__device__ __forceinline__ void cp_async4(void* shared, const void* global, bool is_valid) {
+  emulation::copy_async(shared, global, 4, is_valid);
+}
 __device__ __forceinline__ void cp_async_commit() { emulation::commit_copies(); }
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
@@ -146,6 +149,12 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
     return std::isnan(x) ? emulation::kNan16 : T::round(x);
   };
   return round(low) | round(high) << 16;
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t subtract2(uint32_t left, uint32_t right) {
+  const auto widen = [](uint32_t half) { return T::widen(static_cast<uint16_t>(half)); };
+  return pack2<T>(widen(left) - widen(right), widen(left >> 16) - widen(right >> 16));
 }
 
 __device__ __forceinline__ uint32_t byte_perm(uint32_t low, uint32_t high, uint32_t selector) {

@@ -1,4 +1,5 @@
-// Paged attention, one kernel for decode, extend and verify rows.
+// Paged attention without tensor cores, for float32 queries or pools: one kernel for decode, extend
+// and verify rows.
 //
 // One thread block computes one (row, query head). Keys are cut into chunks of kChunk positions,
 // anchored at absolute position 0; a warp reduces a chunk to a partial (maximum, sum, acc[D]) from
@@ -15,7 +16,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
+#include "csrc/kernels/cuda/attention_task.h"
 #include "csrc/kernels/cuda/dispatch.h"
 #include "csrc/kernels/cuda/element.cuh"
 #include "csrc/kernels/cuda/kernels.h"
@@ -27,6 +30,7 @@ namespace {
 constexpr int kChunk = 64;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kMinBlocks = 2;  // leaves a thread 128 registers
 constexpr int kLanesPerKey = 8;
 constexpr int kKeysPerStep = kWarpSize / kLanesPerKey;
 static_assert(kChunk == 2 * kWarpSize, "softmax holds two scores a lane");
@@ -84,15 +88,13 @@ struct Partials {
   float sum[kWarps];
 };
 
-template <typename Kv>
-__device__ __forceinline__ const Kv* key_vector(const void* pool,
-                                                const PagedAttentionParams& params,
-                                                const int32_t* pages, int32_t kv_head,
-                                                int32_t key) {
+// Number of the vector of a key among all vectors of a pool.
+__device__ __forceinline__ int64_t key_vector(const PagedAttentionParams& params,
+                                              const int32_t* pages, int32_t kv_head, int32_t key) {
   const int32_t page_size = static_cast<int32_t>(params.layout.page_size);
   const int32_t page = pages[key / page_size];
   SKV_DEVICE_ASSERT(page >= 0 && page < params.layout.num_pages);
-  return static_cast<const Kv*>(pool) + params.layout.vector_offset(page, kv_head, key % page_size);
+  return (page * params.layout.num_kv_heads + kv_head) * page_size + key % page_size;
 }
 
 __device__ __forceinline__ float dot4(float4 a, float4 b, float sum) {
@@ -118,11 +120,14 @@ __device__ void score_chunk(const PagedAttentionParams& params, const VisibleKey
     const bool visible = key >= begin && key <= end;
     float dot = 0.0f;
     if (visible) {
-      const Kv* vector = key_vector<Kv>(params.k_pool, params, keys.pages, kv_head, key);
+      const int64_t index = key_vector(params, keys.pages, kv_head, key);
+      const Kv* vector = static_cast<const Kv*>(params.k_pool) + index * kHeadDim;
 #pragma unroll
       for (int v = 0; v < Columns::kVectors; ++v) {
         dot = dot4(query[v], load4(vector + Columns::column(v, lane)), dot);
       }
+      // Every lane: a factor of its part of the sum.
+      if constexpr (std::is_same_v<Kv, int8_t>) dot *= params.k_scales[index];
     }
 #pragma unroll
     for (int mask = kLanesPerKey / 2; mask > 0; mask /= 2) {
@@ -149,8 +154,10 @@ __device__ void sum_values(const PagedAttentionParams& params, const VisibleKeys
   for (int32_t key = begin - begin % kKeysPerStep + lane / kLanesPerKey; key <= end;
        key += kKeysPerStep) {
     if (key < begin) continue;
-    const Kv* vector = key_vector<Kv>(params.v_pool, params, keys.pages, kv_head, key);
-    const float weight = weights[key % kChunk];
+    const int64_t index = key_vector(params, keys.pages, kv_head, key);
+    const Kv* vector = static_cast<const Kv*>(params.v_pool) + index * kHeadDim;
+    float weight = weights[key % kChunk];
+    if constexpr (std::is_same_v<Kv, int8_t>) weight *= params.v_scales[index];
 #pragma unroll
     for (int v = 0; v < Columns::kVectors; ++v) {
       const float4 value = load4(vector + Columns::column(v, lane));
@@ -200,8 +207,8 @@ __device__ void reduce_chunk(const PagedAttentionParams& params, const VisibleKe
 }
 
 template <typename Kv, int kHeadDim>
-__global__ void __launch_bounds__(kThreads)
-    paged_attention_kernel(const __grid_constant__ PagedAttentionParams params) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    scalar_attention_kernel(const __grid_constant__ PagedAttentionParams params) {
   using Columns = LaneColumns<kHeadDim>;
   static_assert(kHeadDim <= kThreads, "one thread merges one column");
   __shared__ __align__(16) Partials<kHeadDim> partials;
@@ -261,27 +268,20 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t stream) {
+cudaError_t scalar_attention(const PagedAttentionParams& params, cudaStream_t stream) {
   const int64_t num_blocks = params.num_rows * params.num_heads;
-  if (params.num_heads < 1 || params.layout.num_kv_heads < 1 || params.layout.page_size < 1 ||
-      params.num_heads % params.layout.num_kv_heads != 0 || !fits_grid(num_blocks) ||
-      params.max_pages * params.layout.page_size > kMaxPositions) {
-    return cudaErrorInvalidValue;
-  }
-  if (!is_aligned(params.k_pool, kPoolAlignment) || !is_aligned(params.v_pool, kPoolAlignment)) {
-    return cudaErrorMisalignedAddress;
-  }
-  if (num_blocks == 0) return cudaSuccess;
-  return dispatch_dtype(params.kv_dtype, [&](auto tag) {
+  const auto launch = [&](auto tag) {
     using Kv = typename decltype(tag)::type;
     return dispatch_head_dim(
         params.layout.head_dim,
         [&](auto head_dim) {
-          return launch_kernel(paged_attention_kernel<Kv, decltype(head_dim)::value>,
+          return launch_kernel(scalar_attention_kernel<Kv, decltype(head_dim)::value>,
                                {num_blocks, kThreads}, stream, params);
         },
         HeadDims{});
-  });
+  };
+  if (params.kv_dtype == DType::kInt8) return launch(TypeTag<int8_t>{});
+  return dispatch_dtype(params.kv_dtype, launch);
 }
 
 }  // namespace skv::cuda

@@ -1,0 +1,69 @@
+// What the tensor-core kernels of paged attention are launched with, and the sizes that host and
+// device agree on. How a result is summed follows from kChunkKeys, kTileKeys and absolute positions
+// alone (docs/adr/0013-attention-on-cuda.md); everything in AttentionPlan only says who computes
+// what, and changes no bit.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "csrc/kernels/params.h"
+
+namespace skv::cuda {
+
+inline constexpr int32_t kTileKeys = 64;    // keys that one step of the online softmax takes
+inline constexpr int32_t kChunkKeys = 512;  // keys that are reduced from a fresh state
+inline constexpr int32_t kChunkTiles = kChunkKeys / kTileKeys;
+inline constexpr int32_t kWarpRows = 16;  // query vectors of a warp: the rows of one matrix product
+
+// Chunks of a run are 2^run_log2. A row whose keys lie in at most 2^kMergeLevels runs can be
+// merged.
+inline constexpr int32_t kMergeLevels = 13;
+
+// Warps of a block at most: with a head dim of 256 a warp has the registers of two others.
+constexpr int max_tile_warps(int64_t head_dim) { return head_dim > 128 ? 4 : 8; }
+
+// A row tile is kWarpRows query vectors of one KV head for each warp of a block.
+struct AttentionPlan {
+  int32_t warps;           // of a block: 1, 2, 4 or 8
+  int32_t blocks;          // of the grid; each takes every blocks-th piece of work
+  int32_t first_run_log2;  // the runs are the shortest from here on that fit the two limits below
+  int32_t last_run_log2;   // one run of this length holds every position
+  int32_t stack_levels;    // of the binary counter in global memory
+  bool is_bottom_shared;   // the counter's lowest level is in shared memory and not one of these
+  int64_t max_items;       // pieces of work (row tile x KV head x run)
+  int64_t partial_rows;    // partial results that there is room for
+};
+
+// Partial results in memory: maximum and sum of row i at states[2i], its D columns at values[i *
+// D].
+struct AttentionPartials {
+  float* states;
+  float* values;
+};
+
+struct AttentionTask {
+  PagedAttentionParams params;
+  SharedPrefixes prefixes;
+  AttentionPlan plan;
+  AttentionPartials partials;
+  float4* stacks;        // [blocks, stack_levels, D / 8 + 1, threads]
+  int32_t* run_log2;     // [1], what the first kernel chose, for the second
+  bool is_query_paired;  // two neighbouring elements of the query may be loaded at once
+};
+
+// Bytes of dynamic shared memory that a block of `plan` needs.
+int64_t attention_shared_bytes(DType kv_dtype, int64_t head_dim, int32_t warps,
+                               bool is_bottom_shared);
+
+// The two kernels; preconditions: the task was planned for its params, 16-bit activations.
+cudaError_t launch_tiles_64(const AttentionTask& task, cudaStream_t stream);
+cudaError_t launch_tiles_96(const AttentionTask& task, cudaStream_t stream);
+cudaError_t launch_tiles_128(const AttentionTask& task, cudaStream_t stream);
+cudaError_t launch_merge(const AttentionTask& task, cudaStream_t stream);
+
+// The kernel for all other dtypes, one (row, query head) a block.
+cudaError_t scalar_attention(const PagedAttentionParams& params, cudaStream_t stream);
+
+}  // namespace skv::cuda
