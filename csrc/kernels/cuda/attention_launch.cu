@@ -24,6 +24,8 @@ constexpr int kRegistersPerThread = 255;
 constexpr int64_t kMaxTileHeadDim = 128;  // of launch_tiles_of
 
 struct DeviceLimits {
+  int major;  // of the compute capability
+  int minor;
   int multiprocessors;
   int shared_bytes;        // of a multiprocessor
   int block_shared_bytes;  // of a block at most
@@ -35,6 +37,8 @@ cudaError_t find_limits(DeviceLimits* limits) {
   const auto attribute = [&](int* value, cudaDeviceAttr name) {
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, name, device);
   };
+  attribute(&limits->major, cudaDevAttrComputeCapabilityMajor);
+  attribute(&limits->minor, cudaDevAttrComputeCapabilityMinor);
   attribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount);
   attribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   attribute(&limits->block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -129,13 +133,17 @@ AttentionPlan make_plan(const PagedAttentionCall& call, const DeviceLimits& limi
   const int64_t head_dim = params.layout.head_dim;
   AttentionPlan plan{};
   plan.warps = choose_warps(call);
+  plan.has_warpgroups = call.tuning.use_warpgroups && plan.warps % 4 == 0 &&
+                        (head_dim == 64 || head_dim == 128) && limits.major == 9 &&
+                        limits.minor == 0;
   // Long runs are those of large tiles. A block of few warps has short ones, and other use for
   // shared memory: more blocks, with more loads in flight.
-  plan.is_bottom_shared =
-      plan.warps >= 4 && attention_shared_bytes(params.kv_dtype, head_dim, plan.warps, true) <=
-                             std::min(limits.block_shared_bytes, limits.shared_bytes / 2);
-  const int64_t shared_bytes =
-      attention_shared_bytes(params.kv_dtype, head_dim, plan.warps, plan.is_bottom_shared);
+  plan.is_bottom_shared = plan.warps >= 4;
+  if (attention_shared_bytes(params.kv_dtype, head_dim, plan) >
+      std::min(limits.block_shared_bytes, limits.shared_bytes / 2)) {
+    plan.is_bottom_shared = false;
+  }
+  const int64_t shared_bytes = attention_shared_bytes(params.kv_dtype, head_dim, plan);
   bound_work(call, limits.multiprocessors * resident_blocks(limits, shared_bytes, plan.warps),
              &plan);
   plan.stack_levels = std::max(0, plan.last_run_log2 - (plan.is_bottom_shared ? 1 : 0));
@@ -183,11 +191,13 @@ cudaError_t check_call(const PagedAttentionCall& call) {
 cudaError_t launch_tiles_of(const AttentionTask& task, cudaStream_t stream) {
   switch (task.params.layout.head_dim) {
     case 64:
-      return launch_tiles_64(task, stream);
+      return task.plan.has_warpgroups ? launch_warpgroups_64(task, stream)
+                                      : launch_tiles_64(task, stream);
     case 96:
       return launch_tiles_96(task, stream);
     case 128:
-      return launch_tiles_128(task, stream);
+      return task.plan.has_warpgroups ? launch_warpgroups_128(task, stream)
+                                      : launch_tiles_128(task, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -212,17 +222,17 @@ AttentionTask make_task(const PagedAttentionCall& call, const AttentionPlan& pla
 
 }  // namespace
 
-int64_t attention_shared_bytes(DType kv_dtype, int64_t head_dim, int32_t warps,
-                               bool is_bottom_shared) {
+int64_t attention_shared_bytes(DType kv_dtype, int64_t head_dim, const AttentionPlan& plan) {
   int64_t bytes = 0;
   const auto find = [&](auto dim) {
     constexpr int kHeadDim = decltype(dim)::value;
-    bytes = kv_dtype == DType::kInt8 ? RingShape<int8_t, kHeadDim>::end(warps)
-                                     : RingShape<uint16_t, kHeadDim>::end(warps);
+    bytes = kv_dtype == DType::kInt8 ? RingShape<int8_t, kHeadDim>::end(plan.warps)
+                                     : RingShape<uint16_t, kHeadDim>::end(plan.warps);
     return cudaSuccess;
   };
   static_cast<void>(dispatch_head_dim(head_dim, find, HeadDims{}));
-  return bytes + (is_bottom_shared ? warps * kWarpSize * node_bytes(head_dim) : 0);
+  if (plan.is_bottom_shared) bytes += plan.warps * kWarpSize * node_bytes(head_dim);
+  return bytes + (plan.has_warpgroups ? kSwizzleAtomBytes : 0);  // room to align the operands
 }
 
 cudaError_t paged_attention_scratch(const PagedAttentionCall& call, int64_t* bytes) {

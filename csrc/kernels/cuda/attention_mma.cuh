@@ -9,6 +9,7 @@
 #include "csrc/kernels/cuda/attention_ring.cuh"
 #include "csrc/kernels/cuda/attention_softmax.cuh"
 #include "csrc/kernels/cuda/ptx.cuh"
+#include "csrc/kernels/cuda/wgmma.cuh"
 
 namespace skv::cuda {
 
@@ -104,6 +105,45 @@ __device__ __forceinline__ void add_values(const WeightFragments& weights,
     }
   }
 }
+
+// The same two products by the four warps of a warpgroup at once: the operands of K and V are read
+// from shared memory as they lie there. Every warp of the warpgroup takes part.
+#if defined(SKV_HAS_WGMMA)
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void multiply_keys_by_warpgroup(const QueryFragments<kHeadDim>& query,
+                                                           const unsigned char* shared, int keys,
+                                                           TileScores& scores) {
+  static_assert(kIsColumnTiled<kHeadDim>);
+  auto& flat = reinterpret_cast<float (&)[4 * kKeyBlocks]>(scores);
+#pragma unroll
+  for (int i = 0; i < 4 * kKeyBlocks; ++i) flat[i] = 0.0f;
+  warpgroup_arrive();
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    const int columns = keys + step / 4 * kColumnTileBytes + step % 4 * 32;
+    warpgroup_scores<T>(flat, query.values[step],
+                        swizzled_operand(shared + columns, 0, kSwizzleAtomBytes));
+  }
+  warpgroup_commit();
+  warpgroup_wait<0>();
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void add_values_by_warpgroup(const WeightFragments& weights,
+                                                        const unsigned char* shared, int values,
+                                                        TileSums<kHeadDim>& sums) {
+  static_assert(kIsColumnTiled<kHeadDim>);
+  warpgroup_arrive();
+#pragma unroll
+  for (int step = 0; step < kTileKeys / 16; ++step) {
+    warpgroup_values<T>(reinterpret_cast<float (&)[kHeadDim / 2]>(sums), weights[step],
+                        swizzled_operand(shared + values + step * 2 * kSwizzleAtomBytes,
+                                         kColumnTileBytes, kSwizzleAtomBytes));
+  }
+  warpgroup_commit();
+  warpgroup_wait<0>();
+}
+#endif
 
 // sums *= decay, row by row. Most tiles do not raise a maximum, and a product with 1 changes no
 // bit.

@@ -17,14 +17,24 @@
 
 #include "csrc/kernels/cuda/attention_work.cuh"
 #include "csrc/kernels/cuda/ptx.cuh"
+#include "csrc/kernels/cuda/wgmma.cuh"
 
 namespace skv::cuda {
+
+// Head dims whose tiles lie as warpgroup products want them (wgmma.cuh): 64 columns after the
+// other.
+template <int kHeadDim>
+inline constexpr bool kIsColumnTiled = kHeadDim == 64 || kHeadDim == 128;
+inline constexpr int kColumnTileBytes = kTileKeys * 128;
 
 // A tile of kTileKeys rows of D 16-bit elements in 16-byte pieces, placed so that the eight rows of
 // an 8x8 tile of ldmatrix (and 16 bytes of eight neighbouring rows) lie in different banks.
 template <int kHeadDim>
 __device__ __forceinline__ int tile_piece(int row, int piece) {
   static_assert(kHeadDim % 64 == 0 || kHeadDim == 96);
+  if constexpr (kIsColumnTiled<kHeadDim>) {
+    return piece / 8 * (kColumnTileBytes / 16) + row * 8 + (piece % 8 ^ (row & 7));
+  }
   constexpr int kRowPieces = kHeadDim / 8;
   // Rows of 12 pieces are half a turn apart already: rows r and r + 2 have to be told apart.
   const int swizzle = kHeadDim == 96 ? (row >> 1) & 3 : row & 7;
@@ -43,6 +53,9 @@ class LanePieces {
     if constexpr (kIsPowerOfTwo) begin_ += 16 * tile_piece<kHeadDim>(row, piece);
   }
   __device__ __forceinline__ int at(int block, int step) const {
+    if constexpr (kIsColumnTiled<kHeadDim>) {
+      return (begin_ ^ 32 * (step % 4)) + step / 4 * kColumnTileBytes + block * 16 * 128;
+    }
     if constexpr (kIsPowerOfTwo) return (begin_ ^ 32 * step) + block * 32 * kHeadDim;
     return begin_ + 16 * tile_piece<kHeadDim>(row_ + 16 * block, piece_ + 2 * step);
   }
@@ -97,7 +110,8 @@ __device__ __forceinline__ uint32_t widen_pair<__nv_bfloat16>(uint32_t pair) {
                                   0x43004300u | (spread & 0x00800080u));
 }
 
-template <typename T, typename Kv, int kHeadDim>
+// kIsForWarpgroups: the tiles are operands of warpgroup products.
+template <typename T, typename Kv, int kHeadDim, bool kIsForWarpgroups>
 class KvRing {
  public:
   using Shape = RingShape<Kv, kHeadDim>;
@@ -126,12 +140,14 @@ class KvRing {
   // elements (see tile_piece). It stays until the next call. All threads of the block.
   __device__ __forceinline__ int next() {
     cp_async_wait<Shape::kStages - 2>();
+    if constexpr (kIsForWarpgroups) fence_shared_for_products();
     __syncthreads();
     const int free_slot = slot_ == 0 ? Shape::kStages - 1 : slot_ - 1;
     issue(unit_ + Shape::kStages - 1, free_slot);
     int result = slot_ * Shape::kUnitBytes;
     if constexpr (Shape::kIsQuantized) {
       result = widen(result);
+      if constexpr (kIsForWarpgroups) fence_shared_for_products();
       __syncthreads();
     }
     scales_slot_ = slot_;

@@ -31,6 +31,7 @@ struct AttentionPlan {
   int32_t first_run_log2;  // the runs are the shortest from here on that fit the two limits below
   int32_t last_run_log2;   // one run of this length holds every position
   int32_t stack_levels;    // of the binary counter in global memory
+  bool has_warpgroups;     // products by whole warpgroups
   bool is_bottom_shared;   // the counter's lowest level is in shared memory and not one of these
   int64_t max_items;       // pieces of work (row tile x KV head x run)
   int64_t partial_rows;    // partial results that there is room for
@@ -54,13 +55,14 @@ struct AttentionTask {
 };
 
 // Bytes of dynamic shared memory that a block of `plan` needs.
-int64_t attention_shared_bytes(DType kv_dtype, int64_t head_dim, int32_t warps,
-                               bool is_bottom_shared);
+int64_t attention_shared_bytes(DType kv_dtype, int64_t head_dim, const AttentionPlan& plan);
 
 // The two kernels; preconditions: the task was planned for its params, 16-bit activations.
 cudaError_t launch_tiles_64(const AttentionTask& task, cudaStream_t stream);
 cudaError_t launch_tiles_96(const AttentionTask& task, cudaStream_t stream);
 cudaError_t launch_tiles_128(const AttentionTask& task, cudaStream_t stream);
+cudaError_t launch_warpgroups_64(const AttentionTask& task, cudaStream_t stream);
+cudaError_t launch_warpgroups_128(const AttentionTask& task, cudaStream_t stream);
 cudaError_t launch_merge(const AttentionTask& task, cudaStream_t stream);
 
 // The kernel for all other dtypes, one (row, query head) a block.

@@ -152,13 +152,13 @@ __device__ __forceinline__ void clear_state(TileSums<kHeadDim>& values, RowSums&
 }
 
 // Everything of one piece of work that has keys: the fold of its chunks.
-template <typename T, typename Kv, int kHeadDim>
+template <typename T, typename Kv, int kHeadDim, bool kByWarpgroup>
 __device__ __forceinline__ void fold_keys(const AttentionTask& task, const TileWork& tile,
                                           int32_t run_log2, unsigned char* shared,
                                           PartialStack<kHeadDim>& stack, TileSums<kHeadDim>& values,
                                           RowSums& sums) {
   using Shape = RingShape<Kv, kHeadDim>;
-  KvRing<T, Kv, kHeadDim> ring(task, tile, shared);
+  KvRing<T, Kv, kHeadDim, kByWarpgroup> ring(task, tile, shared);
   ring.start();
   QueryFragments<kHeadDim> query;
   load_query<kHeadDim>(task, tile, shared, Shape::kQueryOffset, query);
@@ -166,14 +166,18 @@ __device__ __forceinline__ void fold_keys(const AttentionTask& task, const TileW
   const int32_t end_tile = (tile.key_end + kTileKeys - 1) / kTileKeys;
   for (int32_t t = tile.key_begin / kTileKeys; t < end_tile; ++t) {
     const int32_t first_key = t * kTileKeys;
-    // What a warp leaves out would have changed no bit of its rows.
-    const bool is_seen = !positions.is_tile_hidden(task, first_key);
+    // What a warp leaves out would have changed no bit of its rows; a warpgroup stays together.
+    const bool is_seen = kByWarpgroup || !positions.is_tile_hidden(task, first_key);
     TileScores scores;
     WeightFragments weights;
     const int keys = ring.next();
     if (is_seen) {
       float decay[2];
-      multiply_keys<T, kHeadDim>(query, shared, keys, scores);
+      if constexpr (kByWarpgroup) {
+        multiply_keys_by_warpgroup<T, kHeadDim>(query, shared, keys, scores);
+      } else {
+        multiply_keys<T, kHeadDim>(query, shared, keys, scores);
+      }
       scale_scores(scores, task.params, Shape::kIsQuantized ? ring.scales() : nullptr);
       if (!positions.is_tile_visible(task, first_key)) {
         mask_scores(scores, task, positions, first_key);
@@ -188,7 +192,11 @@ __device__ __forceinline__ void fold_keys(const AttentionTask& task, const TileW
         scale_weights(scores, ring.scales());
         round_weights<T>(scores, weights);
       }
-      add_values<T, kHeadDim>(weights, shared, tile_values, values);
+      if constexpr (kByWarpgroup) {
+        add_values_by_warpgroup<T, kHeadDim>(weights, shared, tile_values, values);
+      } else {
+        add_values<T, kHeadDim>(weights, shared, tile_values, values);
+      }
     }
     const bool is_last = t + 1 == end_tile;
     if (!is_last && (t + 1) % kChunkTiles != 0) continue;
@@ -200,7 +208,7 @@ __device__ __forceinline__ void fold_keys(const AttentionTask& task, const TileW
   }
 }
 
-template <typename T, typename Kv, int kHeadDim>
+template <typename T, typename Kv, int kHeadDim, bool kByWarpgroup>
 __device__ __forceinline__ void attend_tile(const AttentionTask& task, const TileWork& tile,
                                             int32_t run_log2, unsigned char* shared,
                                             float4* stack_bottom) {
@@ -209,7 +217,7 @@ __device__ __forceinline__ void attend_tile(const AttentionTask& task, const Til
   clear_state<kHeadDim>(values, sums);
   if (tile.key_begin < tile.key_end) {
     PartialStack<kHeadDim> stack(task, stack_bottom);
-    fold_keys<T, Kv, kHeadDim>(task, tile, run_log2, shared, stack, values, sums);
+    fold_keys<T, Kv, kHeadDim, kByWarpgroup>(task, tile, run_log2, shared, stack, values, sums);
   }
   if (tile.is_direct) {
     write_output<T, kHeadDim>(task, tile, values, sums);
@@ -230,10 +238,12 @@ __device__ __forceinline__ void clear_rows_past_the_end(const AttentionTask& tas
   }
 }
 
-template <typename T, typename Kv, int kHeadDim>
+template <typename T, typename Kv, int kHeadDim, bool kByWarpgroup = false>
 __device__ __forceinline__ void attend_tiles(const AttentionTask& task) {
   using Shape = RingShape<Kv, kHeadDim>;
-  SKV_DYNAMIC_SHARED(unsigned char, shared);
+  SKV_DYNAMIC_SHARED(unsigned char, all_shared);
+  unsigned char* shared = all_shared;
+  if constexpr (kByWarpgroup) shared = aligned_operands(all_shared);
   auto* stack_bottom = reinterpret_cast<float4*>(shared + Shape::end(task.plan.warps));
   // What is the same for all threads is found by one warp, and kept out of the registers.
   __shared__ int32_t run_log2;
@@ -259,7 +269,7 @@ __device__ __forceinline__ void attend_tiles(const AttentionTask& task) {
     if (!tile.is_there) break;
     // A late run of an early tile: none of its rows sees a key of it, so none of them reads it.
     if (tile.key_begin >= tile.key_end && !tile.is_direct) continue;
-    attend_tile<T, Kv, kHeadDim>(task, tile, run_log2, shared, stack_bottom);
+    attend_tile<T, Kv, kHeadDim, kByWarpgroup>(task, tile, run_log2, shared, stack_bottom);
   }
   grid_dependency_launch();
 }
@@ -278,11 +288,10 @@ inline cudaError_t launch_tiles(const TileKernels& kernels, const AttentionTask&
                                 cudaStream_t stream) {
   const PagedAttentionParams& params = task.params;
   const bool is_int8 = params.kv_dtype == DType::kInt8;
-  const LaunchShape shape{
-      .blocks = task.plan.blocks,
-      .threads = task.plan.warps * kWarpSize,
-      .shared_bytes = static_cast<size_t>(attention_shared_bytes(
-          params.kv_dtype, params.layout.head_dim, task.plan.warps, task.plan.is_bottom_shared))};
+  const LaunchShape shape{.blocks = task.plan.blocks,
+                          .threads = task.plan.warps * kWarpSize,
+                          .shared_bytes = static_cast<size_t>(attention_shared_bytes(
+                              params.kv_dtype, params.layout.head_dim, task.plan))};
   const TileKernel kernel = params.activation_dtype == DType::kBFloat16
                                 ? (is_int8 ? kernels.bf16_int8 : kernels.bf16)
                                 : (is_int8 ? kernels.half_int8 : kernels.half);
