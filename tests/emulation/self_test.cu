@@ -15,6 +15,7 @@
 
 #include "csrc/kernels/cuda/launch.h"
 #include "csrc/kernels/cuda/ptx.cuh"
+#include "csrc/kernels/cuda/wgmma.cuh"
 
 namespace skv::cuda {
 namespace {
@@ -127,6 +128,81 @@ void test_transpose() {
       const uint32_t low = in[tile * 64 + row * 8 + column];
       const uint32_t high = in[tile * 64 + (row + 1) * 8 + column];
       expect(out[tile * 32 + lane] == (low | high << 16), "ldmatrix_x4_trans");
+    }
+  }
+}
+
+// ---- Warpgroup products
+
+constexpr int kWideColumns = 128;
+
+// scores[64][64] += a b^T and values[64][128] += a c, all of 16 products; b is [64][16], columns 16
+// to 31 of rows of 64, c is [16][128], rows 16 to 31 of two tiles of 64 columns.
+template <typename T>
+__global__ void warpgroup_kernel(const T* a, const T* b, const T* c, float* scores, float* values) {
+  SKV_DYNAMIC_SHARED(unsigned char, all_shared);
+  unsigned char* shared = aligned_operands(all_shared);
+  const auto place = [](int row, int column) {
+    return column / 64 * 8192 + row * 128 + ((column % 64 / 8 ^ row % 8) * 16) + column % 8 * 2;
+  };
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < 64 * 16; i += 128) {
+    *reinterpret_cast<T*>(shared + place(i / 16, 16 + i % 16)) = b[i];
+  }
+  for (int i = thread; i < 16 * kWideColumns; i += 128) {
+    *reinterpret_cast<T*>(shared + 8192 + place(16 + i / kWideColumns, i % kWideColumns)) = c[i];
+  }
+  fence_shared_for_products();
+  __syncthreads();
+  const int row = thread / 32 * 16 + thread % 32 / 4;
+  const int column = 2 * (thread % 4);
+  uint32_t fragment[4];
+  for (int i = 0; i < 4; ++i) {
+    std::memcpy(&fragment[i], &a[(row + i % 2 * 8) * 16 + column + i / 2 * 8], 4);
+  }
+  float narrow[32];
+  float wide[kWideColumns / 2];
+  for (float& sum : narrow) sum = 1.0f;
+  for (float& sum : wide) sum = 1.0f;
+  warpgroup_arrive();
+  warpgroup_scores<T>(narrow, fragment, swizzled_operand(shared + 32, 0, kSwizzleAtomBytes));
+  warpgroup_values<T>(wide, fragment,
+                      swizzled_operand(shared + 8192 + 2048, 8192, kSwizzleAtomBytes));
+  warpgroup_commit();
+  warpgroup_wait<0>();
+  const auto store = [&](float* result, const float* sums, int columns) {
+    for (int i = 0; i < columns / 2; ++i) {
+      result[(row + i / 2 % 2 * 8) * columns + i / 4 * 8 + column + i % 2] = sums[i];
+    }
+  };
+  store(scores, narrow, 64);
+  store(values, wide, kWideColumns);
+}
+
+template <typename T>
+void test_warpgroup(T (*from_float)(float), float (*to_float)(T)) {
+  std::vector<T> a(64 * 16);
+  std::vector<T> b(64 * 16);
+  std::vector<T> c(16 * kWideColumns);
+  for (auto* matrix : {&a, &b, &c}) {
+    for (T& element : *matrix) element = from_float(random_float());
+  }
+  std::vector<float> scores(64 * 64);
+  std::vector<float> values(64 * kWideColumns);
+  expect(run(warpgroup_kernel<T>, {1, 128, 4 * 8192}, a.data(), b.data(), c.data(), scores.data(),
+             values.data()) == "",
+         "the warpgroup kernel runs");
+  for (int m = 0; m < 64; ++m) {
+    for (int n = 0; n < kWideColumns; ++n) {
+      float score = 1.0f;
+      float value = 1.0f;
+      for (int k = 0; k < 16; ++k) {
+        const float left = to_float(a[m * 16 + k]);
+        if (n < 64) score += left * to_float(b[n * 16 + k]);
+        value += left * to_float(c[k * kWideColumns + n]);
+      }
+      if (n < 64) expect(scores[m * 64 + n] == score, "warpgroup product with b by rows");
+      expect(values[m * kWideColumns + n] == value, "warpgroup product across rows");
     }
   }
 }
@@ -374,6 +450,8 @@ int main() {
   for (int i = 0; i < 5; ++i) {
     test_product<__nv_bfloat16>(__float2bfloat16_rn, __bfloat162float);
     test_product<__half>(__float2half_rn, __half2float);
+    test_warpgroup<__nv_bfloat16>(__float2bfloat16_rn, __bfloat162float);
+    test_warpgroup<__half>(__float2half_rn, __half2float);
   }
   test_transpose();
   test_copies();
