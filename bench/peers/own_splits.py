@@ -15,6 +15,7 @@ from bench.harness import Call, PeerMissingError
 
 # What the op looks at when it is launched; meant for tests and for this.
 RUN, WARPS = "SKV_ATTENTION_RUN_LOG2", "SKV_ATTENTION_WARPS"
+WGMMA = "STATEFUL_KV_WGMMA"
 RUNS_LOG2 = range(7)
 MOST_WARPS = 8
 ROWS_OF_A_WARP = 16
@@ -45,6 +46,20 @@ def divided(run_log2: int, warps: int) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def by_warpgroups() -> Iterator[None]:
+    """Launches inside use the warpgroup products of Hopper, where the op has them."""
+    before = os.environ.get(WGMMA)
+    os.environ[WGMMA] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WGMMA]
+        else:
+            os.environ[WGMMA] = before
 
 
 def _under(call: Call, run_log2: int, warps: int) -> Call:

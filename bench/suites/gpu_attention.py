@@ -120,6 +120,8 @@ class _Peers:
             self._add("decode_step", lambda: partial(attend, inputs.last_rows(1)))
         if settings.asks_for("own_splits"):
             self._add("own_splits", self._own_splits)
+        if settings.asks_for("own_wgmma"):
+            self._add("own_wgmma", self._own_wgmma)
         self._add("torch_sdpa", self._sdpa, _as_rows)
         if settings.asks_for("flex_attention"):
             self._add("flex_attention", self._flex, _as_rows)
@@ -162,6 +164,21 @@ class _Peers:
         self.details["own_splits"] = {"peer_setting": name, "seconds_by_setting": seconds}
         return quickest
 
+    def _own_wgmma(self) -> Call:
+        """Our own op by other products; equal bits are what has to hold to make them the default."""
+        inputs, shape = self._inputs, self._inputs.shape
+        if not inputs.q.is_cuda or torch.cuda.get_device_capability(inputs.q.device) != (9, 0):
+            raise PeerMissingError("warpgroup products need compute capability 9.0")
+        if shape.shared or shape.rows * shape.heads // shape.kv_heads < 64:
+            raise PeerMissingError("warpgroup products need 64 rows of a KV head")
+        call = partial(attend, inputs)
+
+        def run(index: int) -> object:
+            with own_splits.by_warpgroups():
+                return call(index)
+
+        return run
+
     def _flex(self) -> Call:
         inputs = self._inputs
         way = torch_attention.flex(_queries(inputs), inputs.shape.kv_len, inputs.shape.scale)
@@ -190,7 +207,7 @@ def _setup(shape: AttentionShape, settings: Settings) -> Trial:
         elif peer == "decode_step":
             # Of each sequence its last row.
             bits = bits and torch.equal(result[shape.rows - 1 :: shape.rows], _run(peers, peer))
-        elif peer == "own_splits":
+        elif peer in ("own_splits", "own_wgmma"):
             bits = bits and torch.equal(result, _run(peers, peer))
         elif peer:
             error = max(error, relative_error(_run(peers, peer), result))

@@ -28,13 +28,16 @@ void check_head_dim(const OpCheck& check, int64_t head_dim, std::integer_sequenc
               head_dim);
 }
 
-// Tests choose how the work is divided, to see that it changes no bit.
-cuda::AttentionTuning tuning_of_tests() {
+// Tests choose how the work is divided, to see that it changes no bit. STATEFUL_KV_WGMMA=1 is for
+// users too: see docs/adr/0017-warpgroup-products-on-request.md.
+cuda::AttentionTuning tuning_of_environment() {
   const auto number = [](const char* name) {
     const char* text = std::getenv(name);
     return text == nullptr ? -1 : std::atoi(text);
   };
-  return {.run_log2 = number("SKV_ATTENTION_RUN_LOG2"), .warps = number("SKV_ATTENTION_WARPS")};
+  return {.run_log2 = number("SKV_ATTENTION_RUN_LOG2"),
+          .warps = number("SKV_ATTENTION_WARPS"),
+          .use_warpgroups = number("STATEFUL_KV_WGMMA") == 1};
 }
 
 // prefixes: of shared_prefix_attention, else null.
@@ -52,8 +55,9 @@ at::Tensor attend(const OpCheck& check, const PagedAttentionArgs& args,
   const at::Tensor& q = args.q;
   const c10::cuda::CUDAGuard guard(q.device());  // the plan asks for the limits of the device
   const at::Tensor output = empty_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type(), q);
-  cuda::PagedAttentionCall call{
-      .params = params_of(args, layout, output), .prefixes = {}, .tuning = tuning_of_tests()};
+  cuda::PagedAttentionCall call{.params = params_of(args, layout, output),
+                                .prefixes = {},
+                                .tuning = tuning_of_environment()};
   if (prefixes != nullptr) call.prefixes = prefixes_of(*prefixes);
   const cudaError_t status = cuda::paged_attention_scratch(call, &call.scratch_bytes);
   TORCH_CHECK(status == cudaSuccess, check.op(),

@@ -196,6 +196,44 @@ def test_page_ids_and_page_size_do_not_matter(device: torch.device, dtype: torch
         assert_same_bits(output, expected, f"page size {page_size}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (600, 20.0)])
+def test_warpgroup_products_give_the_same_bits(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    window: int,
+    cap: float,
+    divide: Divide,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What has to hold before STATEFUL_KV_WGMMA=1 can become the default."""
+    if device.type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only compute capability 9.0 has them")
+    batch = half_batch(
+        [33, 1100, 620], [33, 40, 3], num_heads=4, head_dim=head_dim, dtype=dtype, device=device
+    )
+    for warps in (4, 8):
+        divide(0, warps)
+        monkeypatch.delenv("STATEFUL_KV_WGMMA", raising=False)
+        expected = ops.paged_attention(*batch.arguments, batch.scale, window, cap)
+        monkeypatch.setenv("STATEFUL_KV_WGMMA", "1")
+        output = ops.paged_attention(*batch.arguments, batch.scale, window, cap)
+        assert_same_bits(output, expected, f"{warps} warps")
+
+
+def test_warpgroup_products_of_int8_pools(
+    device: torch.device, divide: Divide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = half_batch([90, 700], [70, 9], num_heads=4, head_dim=128, device=device)
+    arguments, scales = int8_arguments(batch)
+    divide(0, 4)
+    expected = ops.paged_attention(*arguments, **scales)
+    monkeypatch.setenv("STATEFUL_KV_WGMMA", "1")
+    assert_same_bits(ops.paged_attention(*arguments, **scales), expected)
+
+
 def test_width_of_the_page_table_does_not_matter(device: torch.device) -> None:
     batch = half_batch([1030, 30], [13, 1], device=device)
     expected = ops.paged_attention(*batch.arguments, batch.scale)

@@ -59,7 +59,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = kMaxThreadsPerMultiprocessor;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
+      *value = 9;  // so that what only Hopper has is launched too
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
       *value = 0;
