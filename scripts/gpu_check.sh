@@ -200,7 +200,7 @@ run_one() { # run_one STAGE
     memcheck | racecheck | synccheck) sanitize "$1" ;;
     bits) run_stage bits TERM "$python" scripts/gpu_bits.py "${device_args[@]}" --out "$out/bits.json" ;;
     bench-attention) bench "$1" gpu_attention --peer decode_step,not_shared,torch_sdpa,flashinfer ;;
-    bench-splits) bench "$1" gpu_attention --peer own_splits ;;
+    bench-splits) bench "$1" gpu_attention --peer own_splits,own_wgmma ;;
     # A compiler run for each case: two of them.
     bench-flex) bench "$1" gpu_attention --only decode_32x4k,extend_512 --peer flex_attention ;;
     bench-model) bench "$1" gpu_model ;;

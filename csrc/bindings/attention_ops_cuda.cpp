@@ -55,9 +55,8 @@ at::Tensor attend(const OpCheck& check, const PagedAttentionArgs& args,
   const at::Tensor& q = args.q;
   const c10::cuda::CUDAGuard guard(q.device());  // the plan asks for the limits of the device
   const at::Tensor output = empty_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type(), q);
-  cuda::PagedAttentionCall call{.params = params_of(args, layout, output),
-                                .prefixes = {},
-                                .tuning = tuning_of_environment()};
+  cuda::PagedAttentionCall call{
+      .params = params_of(args, layout, output), .prefixes = {}, .tuning = tuning_of_environment()};
   if (prefixes != nullptr) call.prefixes = prefixes_of(*prefixes);
   const cudaError_t status = cuda::paged_attention_scratch(call, &call.scratch_bytes);
   TORCH_CHECK(status == cudaSuccess, check.op(),
