@@ -165,7 +165,7 @@ class _Peers:
         return quickest
 
     def _own_wgmma(self) -> Call:
-        """Our own op by other products; equal bits are what has to hold to make them the default."""
+        """Our own op by other products, which may become the default if the bits are equal."""
         inputs, shape = self._inputs, self._inputs.shape
         if not inputs.q.is_cuda or torch.cuda.get_device_capability(inputs.q.device) != (9, 0):
             raise PeerMissingError("warpgroup products need compute capability 9.0")
