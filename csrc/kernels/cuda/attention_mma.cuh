@@ -117,6 +117,9 @@ __device__ __forceinline__ void multiply_keys_by_warpgroup(const QueryFragments<
   auto& flat = reinterpret_cast<float (&)[4 * kKeyBlocks]>(scores);
 #pragma unroll
   for (int i = 0; i < 4 * kKeyBlocks; ++i) flat[i] = 0.0f;
+  hold_registers(flat);
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) hold_registers(query.values[step]);
   warpgroup_arrive();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
@@ -126,6 +129,7 @@ __device__ __forceinline__ void multiply_keys_by_warpgroup(const QueryFragments<
   }
   warpgroup_commit();
   warpgroup_wait<0>();
+  hold_registers(flat);
 }
 
 template <typename T, int kHeadDim>
@@ -133,15 +137,20 @@ __device__ __forceinline__ void add_values_by_warpgroup(const WeightFragments& w
                                                         const unsigned char* shared, int values,
                                                         TileSums<kHeadDim>& sums) {
   static_assert(kIsColumnTiled<kHeadDim>);
+  auto& flat = reinterpret_cast<float (&)[kHeadDim / 2]>(sums);
+  hold_registers(flat);
+#pragma unroll
+  for (int step = 0; step < kTileKeys / 16; ++step) hold_registers(weights[step]);
   warpgroup_arrive();
 #pragma unroll
   for (int step = 0; step < kTileKeys / 16; ++step) {
-    warpgroup_values<T>(reinterpret_cast<float (&)[kHeadDim / 2]>(sums), weights[step],
+    warpgroup_values<T>(flat, weights[step],
                         swizzled_operand(shared + values + step * 2 * kSwizzleAtomBytes,
                                          kColumnTileBytes, kSwizzleAtomBytes));
   }
   warpgroup_commit();
   warpgroup_wait<0>();
+  hold_registers(flat);
 }
 #endif
 

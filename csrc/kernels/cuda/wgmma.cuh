@@ -40,6 +40,20 @@ __device__ __forceinline__ unsigned char* aligned_operands(unsigned char* shared
          (kSwizzleAtomBytes - shared_address(shared) % kSwizzleAtomBytes) % kSwizzleAtomBytes;
 }
 
+// The compiler takes a product for done where it is begun. Called before warpgroup_arrive() and
+// after warpgroup_wait() this keeps it from moving a write of the operands behind the first, or a
+// use of the sums before the second.
+template <int kSize>
+__device__ __forceinline__ void hold_registers(float (&values)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+template <int kSize>
+__device__ __forceinline__ void hold_registers(const uint32_t (&values)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" ::"r"(values[i]) : "memory");
+}
+
 // Orders register writes before, and shared memory accesses before, the products that follow.
 __device__ __forceinline__ void warpgroup_arrive() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");

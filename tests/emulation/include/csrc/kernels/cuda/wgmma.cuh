@@ -34,6 +34,10 @@ __device__ __forceinline__ unsigned char* aligned_operands(unsigned char* shared
 }
 __device__ __forceinline__ void unreachable_kernel() { emulation::fail("trap"); }
 
+template <int kSize>
+__device__ __forceinline__ void hold_registers(float (&)[kSize]) {}
+template <int kSize>
+__device__ __forceinline__ void hold_registers(const uint32_t (&)[kSize]) {}
 __device__ __forceinline__ void warpgroup_arrive() {}
 __device__ __forceinline__ void warpgroup_commit() {}
 template <int kPending>
