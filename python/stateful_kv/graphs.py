@@ -19,6 +19,9 @@ class GraphRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        # One for all: the libraries keep a workspace for each stream that they were used on.
+        self._stream: Any = None
+        # Of a graph that is there: torch takes no pool that all graphs have left.
         self._pool: Any = None
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
@@ -28,9 +31,9 @@ class GraphRecorder:
         host, and running it must change nothing yet.
         """
         with torch.cuda.device(self._device):
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream = self._stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(NUM_WARM_UPS):
@@ -42,5 +45,6 @@ class GraphRecorder:
                 graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
             ):
                 function()
+            self._pool = graph.pool()
         replay: Callable[[], None] = graph.replay
         return replay
