@@ -23,12 +23,12 @@ struct LaunchShape {
 // More dynamic shared memory than this has to be allowed for each kernel first.
 inline constexpr size_t kSharedBytesWithoutAsking = 48 * 1024;
 
-inline bool has_programmatic_launch() {
-  int device = 0;
-  int major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major >= 9;
+// Whether grid_dependency_wait() waits in this kernel. The code that runs decides, not the device:
+// a newer one may run code for sm_80, in which there is no such instruction.
+template <typename... Parameters>
+bool waits_for_previous(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
 // The status is the launch's own, and is not left behind as the last error.
@@ -50,7 +50,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shap
     config.dynamicSmemBytes = shape.shared_bytes;
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = shape.overlaps_previous && has_programmatic_launch() ? 1 : 0;
+    config.numAttrs = shape.overlaps_previous && waits_for_previous(kernel) ? 1 : 0;
     status = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
   }
   if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
