@@ -1,7 +1,7 @@
 """Runs every CUDA op once on small, odd shapes: what compute-sanitizer looks at in gpu_check.sh.
 
-Each op gets the arguments of its row in tests/ops/cases.py; attention, whose heads are too small
-there for CUDA, runs as decode, verify and extend over several chunks, in 16 bits and in float32.
+Each op gets the arguments of its row in tests/ops/cases.py; attention, which has a few keys of
+float32 there, runs as decode, verify and extend over several chunks, in 16 bits and in float32.
 Results are only looked at for NaN: right values are the tests' business.
 """
 
