@@ -187,6 +187,7 @@ class WorkCursor {
         *first_partial = before.partial_rows + rows;
         return true;
       }
+      __syncwarp();  // every lane has read both
       if (lane == kWarpSize - 1) {
         window_ = window + kWarpSize;
         before_ = {before.items + count.items, before.partial_rows + count.partial_rows};
