@@ -43,6 +43,10 @@ function(skv_configure_cuda_target name)
     target_compile_options(${name} PRIVATE
       $<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings -Xcompiler=-Werror>)
   endif()
+  # Kernels with the instructions of Hopper alone trap in code for anything else: never launch those.
+  if(STATEFUL_KV_CUDA_ARCHS MATCHES "90a")
+    target_compile_definitions(${name} PRIVATE SKV_BUILT_FOR_SM90A)
+  endif()
   if(STATEFUL_KV_CUDA_ASSERTS)
     target_compile_definitions(${name} PRIVATE SKV_DEVICE_ASSERTS)
   endif()

@@ -23,6 +23,12 @@ constexpr int64_t kSharedPartialRows = int64_t{1} << 17;
 constexpr int kRegistersPerThread = 255;
 constexpr int64_t kMaxTileHeadDim = 128;  // of launch_tiles_of
 
+#if defined(SKV_BUILT_FOR_SM90A)
+constexpr bool kHasWarpgroupCode = true;
+#else
+constexpr bool kHasWarpgroupCode = false;
+#endif
+
 struct DeviceLimits {
   int major;  // of the compute capability
   int minor;
@@ -133,7 +139,7 @@ AttentionPlan make_plan(const PagedAttentionCall& call, const DeviceLimits& limi
   const int64_t head_dim = params.layout.head_dim;
   AttentionPlan plan{};
   plan.warps = choose_warps(call);
-  plan.has_warpgroups = call.tuning.use_warpgroups && plan.warps % 4 == 0 &&
+  plan.has_warpgroups = kHasWarpgroupCode && call.tuning.use_warpgroups && plan.warps % 4 == 0 &&
                         (head_dim == 64 || head_dim == 128) && limits.major == 9 &&
                         limits.minor == 0;
   // Long runs are those of large tiles. A block of few warps has short ones, and other use for
