@@ -22,7 +22,7 @@ while [ "$#" -gt 0 ]; do
   case "$1" in
     --smoke) smoke=1 ;;
     --only)
-      [ "$#" -ge 2 ] || die "$usage"
+      [ -n "$(printf '%s' "${2:-}" | tr -d ', ')" ] || die "$usage"
       only=$2
       shift
       ;;
@@ -37,6 +37,7 @@ done
 [ -n "$out" ] || die "$usage"
 out=$(absolute "$out")
 [ -z "${SKV_GPU_WEIGHTS:-}" ] || SKV_GPU_WEIGHTS=$(absolute "$SKV_GPU_WEIGHTS")
+[ -d "${SKV_GPU_WEIGHTS:-/}" ] || die "SKV_GPU_WEIGHTS: expected a folder, got '$SKV_GPU_WEIGHTS'"
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 python=${PYTHON:-python3}
@@ -53,7 +54,7 @@ declare -A limits=(
 stages=(environment build cpu-tests gpu-tests memcheck racecheck synccheck bits
   bench-attention bench-splits bench-flex bench-model bench-workflow)
 for one in ${SKV_GPU_LIMITS:-}; do
-  [[ "$one" =~ ^([a-z-]+)=([0-9]+)$ && -n "${limits[${BASH_REMATCH[1]}]:-}" ]] ||
+  [[ "$one" =~ ^([a-z-]+)=([1-9][0-9]*)$ && -n "${limits[${BASH_REMATCH[1]}]:-}" ]] ||
     die "SKV_GPU_LIMITS: expected STAGE=SECONDS, got '$one' (stages: ${stages[*]})"
   limits[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
 done
@@ -62,21 +63,35 @@ for one in ${only//,/ }; do
 done
 
 mkdir -p "$out" || die "$out: cannot be made"
+: >"$out/table.txt" || die "$out: cannot be written to"
 
-table=() failures=0
+table=() failures=0 child="" ran=" "
+# A stage has a process group of its own, which no Ctrl-C reaches; it must not outlive this script.
+interrupted() { # interrupted SIGNAL STATUS
+  [ -z "$child" ] || { kill -TERM "$child" && wait "$child"; } 2>/dev/null
+  printf '%s\n' "${table[@]}" "interrupted by $1" | tee "$out/table.txt"
+  exit "$2"
+}
+trap 'interrupted SIGINT 130' INT
+trap 'interrupted SIGTERM 143' TERM
+trap 'interrupted SIGHUP 129' HUP
 note() { # note STAGE STATUS SECONDS REASON
   table+=("$(printf '%-16s %-8s %5s s  %s' "$1" "$2" "$3" "$4")")
   say "${table[-1]}"
   [ "$2" != FAILED ] || failures=$((failures + 1))
 }
+has_run() { [[ "$ran" == *" $1 "* ]]; } # now: OUTPUT_DIR may hold logs of earlier runs
 wanted() { [ -z "$only" ] || [[ ",$only," == *",$1,"* ]]; }
 
 # Of a failed stage the first errors and the end of its log are shown above the table.
 run_stage() { # run_stage STAGE SIGNAL COMMAND...
   local stage=$1 signal=$2 begin=$SECONDS status
   shift 2
-  timeout --signal="$signal" --kill-after=5 "${limits[$stage]}" "$@" >"$out/$stage.log" 2>&1 </dev/null
+  timeout --signal="$signal" --kill-after=5 "${limits[$stage]}" "$@" >"$out/$stage.log" 2>&1 </dev/null &
+  child=$! ran+="$stage "
+  wait "$child"
   status=$?
+  child=""
   case "$status" in
     0) note "$stage" passed "$((SECONDS - begin))" "" ;;
     124 | 137) note "$stage" FAILED "$((SECONDS - begin))" "cut at its limit of ${limits[$stage]} s" ;;
@@ -158,10 +173,10 @@ sanitize() { # sanitize STAGE
 }
 
 bench() { # bench STAGE SUITE ARGUMENTS...
-  local stage=$1 suite=$2
+  local stage=$1 suite=$2 json=$out/gpu_${1#bench-}.json
   shift 2
-  run_stage "$stage" TERM "$python" -m bench run "$suite" "${device_args[@]}" "$@" \
-    --out "$out/gpu_${stage#bench-}.json"
+  [ ! -e "$json" ] || mv -f "$json" "$json.before" # of an earlier run: not to be taken for this one's
+  run_stage "$stage" TERM "$python" -m bench run "$suite" "${device_args[@]}" "$@" --out "$json"
 }
 
 cpu_selection=(tests/bindings tests/ops/test_paged_attention.py tests/ops/test_row_ops.py
@@ -219,15 +234,15 @@ done
 
 say ""
 say "=== figures"
-[ ! -s "$out/bits.log" ] || grep 'equal for' "$out/bits.log" | cut -c1-110
+! has_run bits || grep 'equal for' "$out/bits.log" | cut -c1-110
 for one in attention splits flex model workflow; do
-  [ ! -s "$out/bench-$one.log" ] || grep ' vs ' "$out/bench-$one.log" | cut -c1-150
+  ! has_run "bench-$one" || grep ' vs ' "$out/bench-$one.log" | cut -c1-150
 done
 say ""
 say "=== targets"
 results=()
-for one in gpu_attention gpu_model gpu_workflow; do
-  [ ! -s "$out/$one.json" ] || results+=("$out/$one.json")
+for one in attention model workflow; do
+  ! has_run "bench-$one" || [ ! -s "$out/gpu_$one.json" ] || results+=("$out/gpu_$one.json")
 done
 if [ "${#results[@]}" -gt 0 ]; then
   timeout 30 "$python" -m bench targets "${results[@]}" 2>&1 | cut -c1-150

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +64,15 @@ class Machine:
         )
 
     def run(self, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*args), capture_output=True, text=True, env=self.environment(variables),
+            timeout=280, cwd=self.folder.parent,
+        )  # fmt: skip
+
+    def command(self, *args: str) -> list[str]:
+        return [str(self.folder / "scripts" / "gpu_check.sh"), *args, f"{self.folder.name}/out"]
+
+    def environment(self, variables: dict[str, str]) -> dict[str, str]:
         own = {
             "PATH": f"{self.programs}:{os.environ['PATH']}",
             "PYTHON": str(self.programs / "python-of-test"),
@@ -73,11 +83,7 @@ class Machine:
             "FAKE_RESULT": str(self.folder / "result.json"),
             **dict.fromkeys(("FAKE_MISSING", "FAKE_HANG", "FAKE_FAIL", "SKV_GPU_LIMITS"), ""),
         }
-        return subprocess.run(
-            [str(self.folder / "scripts" / "gpu_check.sh"), *args, f"{self.folder.name}/out"],
-            capture_output=True, text=True, env={**os.environ, **own, **variables}, timeout=280,
-            cwd=self.folder.parent,
-        )  # fmt: skip
+        return {**os.environ, **own, **variables}
 
     @property
     def asked(self) -> str:
@@ -212,3 +218,57 @@ def test_bad_limits(machine: Machine) -> None:
     done = machine.run(SKV_GPU_LIMITS="build=soon")
     assert done.returncode == 1
     assert "expected STAGE=SECONDS, got 'build=soon'" in done.stderr
+
+
+def test_arguments_that_mean_nothing(machine: Machine) -> None:
+    for chosen in ("", ",", " "):
+        done = machine.run("--only", chosen)
+        assert done.returncode == 1 and "usage: " in done.stderr, chosen
+    done = machine.run(SKV_GPU_LIMITS="build=0")  # which `timeout` takes for no limit
+    assert done.returncode == 1 and "expected STAGE=SECONDS, got 'build=0'" in done.stderr
+    done = machine.run(SKV_GPU_WEIGHTS="no/such")
+    assert done.returncode == 1
+    assert f"SKV_GPU_WEIGHTS: expected a folder, got '{machine.folder.parent}/no" in done.stderr
+    assert not machine.out.exists()
+
+
+def test_a_folder_that_takes_no_files(machine: Machine) -> None:
+    (machine.out / "table.txt").mkdir(parents=True)  # root may write where others may not
+    done = machine.run()
+    assert done.returncode == 1 and f"{machine.out}: cannot be written to" in done.stderr
+    assert not (machine.folder / "asked").exists()
+
+
+def test_figures_are_of_this_run(machine: Machine) -> None:
+    assert machine.run(FAKE_TARGETS="").returncode == 0
+    before = (machine.out / "gpu_model.json").read_bytes()
+    done = machine.run(FAKE_TARGETS="", FAKE_CMAKE="1")
+    assert "goal met" not in done.stdout and "2 us" not in done.stdout
+    done = machine.run("--only", "bench-model", FAKE_TARGETS="", FAKE_FAIL="gpu_model")
+    assert done.returncode == 1 and "goal met" not in done.stdout
+    assert (machine.out / "gpu_model.json.before").read_bytes() == before
+
+
+def test_no_stage_outlives_the_script(machine: Machine) -> None:
+    environment = machine.environment({"FAKE_HANG": "gpu_model"})
+    script = subprocess.Popen(
+        machine.command("--only", "bits,bench-model"), env=environment, cwd=machine.folder.parent,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    asked = machine.folder / "asked"
+    while not asked.exists() or "gpu_model" not in machine.asked:
+        time.sleep(0.05)
+    script.send_signal(signal.SIGTERM)
+    output, _ = script.communicate(timeout=20)
+    assert script.returncode == 143
+    assert "bits             passed" in output and "interrupted by SIGTERM" in output
+    assert "interrupted by SIGTERM" in (machine.out / "table.txt").read_text()
+    mark = f"PYTHON={machine.programs}".encode()
+    assert not [one for one in Path("/proc").glob("[0-9]*/environ") if mark in content(one)]
+
+
+def content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # ended meanwhile
+        return b""
