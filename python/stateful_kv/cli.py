@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stateful_kv import cost_file, report
-from stateful_kv._native import build_info
+from stateful_kv._native import build_info, check_device
 from stateful_kv.config import EngineConfig
 from stateful_kv.errors import InvalidRequestError, StatefulKVError
 from stateful_kv.workflow import (
@@ -369,6 +369,7 @@ def info(
 ) -> None:
     """Show the version, how the extension was built, the machine, and cost curves stored for it."""
     with _user_errors():
+        check_device(device)
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
         for section in (build_info(), report.machine_info()):

@@ -175,7 +175,7 @@ def test_device_reaches_the_engine(invoke, monkeypatch, workflow_path, command):
 
 
 def test_a_missing_device_is_one_line(invoke, workflow_path):
-    for arguments in (("run", workflow_path), ("info", "--model", "smollm2")):
+    for arguments in (("run", workflow_path), ("info",), ("info", "--model", "smollm2")):
         result = invoke(*arguments, "--device", "cuda:77")
         _assert_one_error_line(result, "device cuda:77: ")
 
