@@ -38,7 +38,9 @@ inline void check_fill_rows(const OpCheck& check, const FillRowsArgs& args) {
       .dtype({at::kInt})
       .shape({{"S", num_sequences}, {"M"}})
       .contiguous();
-  check.value("page_size", args.page_size >= 1, "a number >= 1", args.page_size);
+  check.value("page_size",
+              args.page_size >= 1 && args.page_size <= std::numeric_limits<int32_t>::max(),
+              "a number from 1 to 2^31 - 1", args.page_size);
 }
 
 struct FilledRows {

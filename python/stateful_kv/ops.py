@@ -902,7 +902,7 @@ def fill_rows(
         draft_ids: int32[S, K], contiguous - proposed tokens.
         num_draft: int32[S], contiguous, in [0, K] - how many of them there are.
         page_table: int32[S, M], contiguous - page ids in order.
-        page_size: tokens a page holds, >= 1.
+        page_size: tokens a page holds, from 1 to 2^31 - 1.
 
     Returns:
         Tensors of sizes that depend on S and K alone. On CUDA S is at most 1024.

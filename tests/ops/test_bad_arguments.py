@@ -450,7 +450,7 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
         "draft_ids": MATRIX | {"sequences": resize(0, 1), "negative": set_value((0, 1), -1)},
         "num_draft": LENGTHS | {"past K": set_value(0, 4), "negative": set_value(0, -1)},
         "page_table": MATRIX | {"sequences": resize(0, 1), "negative": set_value((0, 0), -1)},
-        "page_size": {"zero": to(0), "negative": to(-16)},
+        "page_size": {"zero": to(0), "negative": to(-16), "huge": to(2**31), "wraps": to(2**62)},
     },
     "advance_sequences": {
         "token_ids": {"dtype": dtype(I32), "rank": deeper, "stride": spread},
