@@ -17,7 +17,13 @@ import stateful_kv.ops  # noqa: F401  defines the ops before their kernels are r
 
 EMULATED_CUDA = os.environ.get("SKV_EMULATED_CUDA")
 if EMULATED_CUDA:
-    torch.ops.load_library(EMULATED_CUDA)
+    try:
+        torch.ops.load_library(EMULATED_CUDA)
+    except OSError as error:
+        raise pytest.UsageError(
+            f"SKV_EMULATED_CUDA: expected the library that `make emulation` builds, "
+            f"got {EMULATED_CUDA!r}: {error}"
+        ) from error
 
 
 def is_left_out(item: pytest.Item) -> bool:
