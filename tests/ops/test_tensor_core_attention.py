@@ -26,6 +26,7 @@ from tests.ops.test_paged_attention_invariance import check_chunks, check_rows_a
 from tests.reference import attention
 
 DTYPES = [torch.bfloat16, torch.float16]
+HEAD_DIMS = [64, *(pytest.param(dim, marks=pytest.mark.slow_emulated) for dim in (128, 256))]
 Divide = Callable[..., None]
 
 only_emulated = pytest.mark.skipif(
@@ -134,8 +135,9 @@ def test_rows_of_no_sequence_are_zero(device: torch.device) -> None:
     assert_same_bits(output[5:], torch.zeros_like(expected))
 
 
-def test_strided_and_odd_queries(device: torch.device) -> None:
-    batch = half_batch([40, 20], [3, 20], device=device)
+@pytest.mark.parametrize("head_dim", [64, 256])  # the query in registers, in shared memory
+def test_strided_and_odd_queries(device: torch.device, head_dim: int) -> None:
+    batch = half_batch([40, 20], [3, 20], head_dim=head_dim, device=device)
     expected = ops.paged_attention(*batch.arguments, batch.scale)
     rows, heads, dim = batch.query.shape
     memory = torch.zeros(rows * (heads * dim + 3) + 1, dtype=batch.query.dtype, device=device)
@@ -173,7 +175,7 @@ def test_decode_verify_and_extend_give_the_same_rows(
         check_chunks(ops.paged_attention, batch, chunks)
 
 
-@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow_emulated)])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("query_lens", [[1, 1, 1], [9, 40, 2]], ids=["decode", "mixed"])
 @pytest.mark.parametrize("window", [0, 700])
 def test_division_of_the_work_does_not_matter(
@@ -184,6 +186,24 @@ def test_division_of_the_work_does_not_matter(
         lambda: ops.paged_attention(*batch.arguments, batch.scale, window),
         divide,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_warps_that_share_rows(device: torch.device, dtype: torch.dtype, divide: Divide) -> None:
+    """With a head dim of 256 two warps have half of the columns each; tiles are half as large."""
+    batch = half_batch(
+        [40, 1100], [40, 3], num_heads=4, num_kv_heads=2, head_dim=256, dtype=dtype, device=device
+    )
+    expected = check_divisions(lambda: ops.paged_attention(*batch.arguments, batch.scale), divide)
+    arguments, scales = int8_arguments(batch)
+    check_divisions(lambda: ops.paged_attention(*arguments, **scales), divide)
+    # The columns of a vector are summed one by one: both halves alike give halves alike.
+    alike = [torch.cat([values[..., :128]] * 2, dim=-1) for values in batch.values]
+    output = ops.paged_attention(
+        *replace(batch, values=alike).with_layout(16).arguments, batch.scale
+    )
+    assert_same_bits(output[..., 128:], output[..., :128])
+    assert_same_bits(output[..., :128], expected[..., :128])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -349,7 +369,7 @@ def shared_batch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow_emulated)])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("query_len", [1, 5])
 @pytest.mark.parametrize("sliding_window", [0, 900])
 def test_a_shared_prefix_changes_no_bit(
@@ -392,9 +412,12 @@ def test_the_keys_of_a_shared_prefix_are_read_from_the_first_sequence(
     assert_same_bits(output, expected)
 
 
-def test_rows_inside_of_the_shared_prefix(device: torch.device, divide: Divide) -> None:
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_rows_inside_of_the_shared_prefix(
+    device: torch.device, head_dim: int, divide: Divide
+) -> None:
     """A prefix may reach into the new rows, whose own masks still hold."""
-    batch, groups = shared_batch([(1040, [3, 40])], 30, device=device)
+    batch, groups = shared_batch([(1040, [3, 40])], 30, head_dim=head_dim, device=device)
     expected = ops.paged_attention(*batch.arguments, batch.scale)
     groups["prefix_lens"][0] = 1040
     shared = check_divisions(

@@ -12,7 +12,7 @@ namespace skv::cuda {
 // For tests: results do not depend on it. -1 = chosen from the sizes.
 struct AttentionTuning {
   int32_t run_log2 = -1;  // shortest run of chunks that a block may take
-  int32_t warps = -1;     // of a block: 1, 2, 4 or 8
+  int32_t warps = -1;     // of a block: 1, 2, 4 or 8; with a head dim of 256 at least 2
   // Tiles of four warps and more multiply by wgmma, where the device is of compute capability 9.0,
   // the head dim 64 or 128 and the code built for sm_90a. The one field that may change bits: that
   // both kinds of product round alike is for a device to show, so it is off unless asked for.

@@ -21,7 +21,6 @@ constexpr int64_t kItemsPerBlock = 4;
 // Partial results for which there always is room where a prefix is shared.
 constexpr int64_t kSharedPartialRows = int64_t{1} << 17;
 constexpr int kRegistersPerThread = 255;
-constexpr int64_t kMaxTileHeadDim = 128;  // of launch_tiles_of
 
 #if defined(SKV_BUILT_FOR_SM90A)
 constexpr bool kHasWarpgroupCode = true;
@@ -59,12 +58,10 @@ int32_t ceil_log2(int64_t value) {
 
 // Bytes of a thread's waiting node: its accumulators and the state of its two rows.
 int64_t node_bytes(int64_t head_dim) {
-  return (head_dim / 8 + 1) * static_cast<int64_t>(sizeof(float4));
+  return (warp_columns(head_dim) / 8 + 1) * static_cast<int64_t>(sizeof(float4));
 }
 
 bool runs_on_tensor_cores(const PagedAttentionParams& params) {
-  // A warp has registers for the sums of 128 columns.
-  if (params.layout.head_dim > kMaxTileHeadDim) return false;
   const bool has_16_bits = params.activation_dtype != DType::kFloat32;
   return has_16_bits &&
          (params.kv_dtype == params.activation_dtype || params.kv_dtype == DType::kInt8);
@@ -80,13 +77,13 @@ bool has_groups(const PagedAttentionCall& call) {
 // is shared). More warps read K and V less often, and are idle where there are fewer rows.
 int32_t choose_warps(const PagedAttentionCall& call) {
   const PagedAttentionParams& params = call.params;
-  const int32_t most = max_tile_warps(params.layout.head_dim);
-  if (call.tuning.warps > 0) return std::min(call.tuning.warps, most);
+  const int32_t least = row_warps(params.layout.head_dim);
+  if (call.tuning.warps > 0) return std::clamp(call.tuning.warps, least, kMaxTileWarps);
   const int64_t sharers = has_groups(call) ? call.prefixes.num_groups : params.num_sequences;
   const int64_t group = params.num_heads / params.layout.num_kv_heads;
   const int64_t rows = ceil_div(params.num_rows * group, std::max<int64_t>(sharers, 1));
-  int32_t warps = 1;
-  while (warps < most && rows > kWarpRows * warps) warps *= 2;
+  int32_t warps = least;
+  while (warps < kMaxTileWarps && rows > kWarpRows * (warps / least)) warps *= 2;
   return warps;
 }
 
@@ -105,7 +102,7 @@ void bound_work(const PagedAttentionCall& call, int64_t num_blocks, AttentionPla
   const int64_t group = params.num_heads / params.layout.num_kv_heads;
   const int64_t chunks =
       std::max<int64_t>(1, ceil_div(params.max_pages * params.layout.page_size, kChunkKeys));
-  const int64_t tile_rows = int64_t{kWarpRows} * plan->warps;
+  const int64_t tile_rows = plan->tile_rows;
   const int64_t full_tiles = params.num_rows * group / tile_rows;
   const int64_t part_tiles = std::min(params.num_sequences, params.num_rows);
   int64_t tiles = (full_tiles + part_tiles) * params.layout.num_kv_heads;
@@ -139,6 +136,7 @@ AttentionPlan make_plan(const PagedAttentionCall& call, const DeviceLimits& limi
   const int64_t head_dim = params.layout.head_dim;
   AttentionPlan plan{};
   plan.warps = choose_warps(call);
+  plan.tile_rows = kWarpRows * (plan.warps / row_warps(head_dim));
   plan.has_warpgroups = kHasWarpgroupCode && call.tuning.use_warpgroups && plan.warps % 4 == 0 &&
                         (head_dim == 64 || head_dim == 128) && limits.major == 9 &&
                         limits.minor == 0;
@@ -204,6 +202,8 @@ cudaError_t launch_tiles_of(const AttentionTask& task, cudaStream_t stream) {
     case 128:
       return task.plan.has_warpgroups ? launch_warpgroups_128(task, stream)
                                       : launch_tiles_128(task, stream);
+    case 256:
+      return launch_tiles_256(task, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -13,12 +13,24 @@
 
 namespace skv::cuda {
 
+// Blocks of eight value columns that a warp sums.
+template <int kHeadDim>
+inline constexpr int kSumBlocks = static_cast<int>(warp_columns(kHeadDim)) / 8;
+
+// The first of these columns.
+template <int kHeadDim>
+__device__ __forceinline__ int first_column() {
+  if constexpr (row_warps(kHeadDim) == 1) return 0;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  return warp % row_warps(kHeadDim) * static_cast<int>(warp_columns(kHeadDim));
+}
+
 // Accumulators of a warp: [.][2 * row + column] of eight columns each, as TileScores.
 template <int kHeadDim>
-using TileSums = float[kHeadDim / 8][4];
+using TileSums = float[kSumBlocks<kHeadDim>][4];
 
-// Q of a warp as A fragments: in registers, or in shared memory for the largest head dim, where the
-// accumulators alone take half of the registers.
+// Q of a warp as A fragments: in registers, or in shared memory for the largest head dim, where
+// they would be as many as the accumulators.
 template <int kHeadDim>
 struct QueryFragments {
   static constexpr int kSteps = kHeadDim / 16;
@@ -91,13 +103,11 @@ __device__ __forceinline__ void add_values(const WeightFragments& weights,
                                            const unsigned char* shared, int values,
                                            TileSums<kHeadDim>& sums) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const LanePieces<kHeadDim> pieces(values, lane % 16, lane / 16);
+  const LanePieces<kHeadDim> pieces(values, lane % 16, lane / 16 + first_column<kHeadDim>() / 8);
 #pragma unroll
   for (int step = 0; step < kTileKeys / 16; ++step) {
 #pragma unroll
-    for (int pair = 0; pair < kHeadDim / 16; ++pair) {
-      // Keeps the loads of later products from being begun while no register is free for them.
-      if (QueryFragments<kHeadDim>::kIsShared && pair % 4 == 0) __syncwarp();
+    for (int pair = 0; pair < kSumBlocks<kHeadDim> / 2; ++pair) {
       uint32_t b[4];
       ldmatrix_x4_trans(b, shared + pieces.at(step, pair));
       mma_m16n8k16<T>(sums[2 * pair], weights[step], {b[0], b[1]});
@@ -160,7 +170,7 @@ template <int kHeadDim>
 __device__ __forceinline__ void decay_sums(TileSums<kHeadDim>& sums, const float (&decay)[2]) {
   if (!__any_sync(kFullWarp, decay[0] != 1.0f || decay[1] != 1.0f)) return;
 #pragma unroll
-  for (int block = 0; block < kHeadDim / 8; ++block) {
+  for (int block = 0; block < kSumBlocks<kHeadDim>; ++block) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[block][i] *= decay[i / 2];
   }

@@ -86,10 +86,13 @@ struct RingShape {
   static constexpr int kIdsEnd =
       kIdsOffset + kIdTiles * kTileKeys * static_cast<int>(sizeof(int32_t));
   static constexpr int kQueryOffset = (kIdsEnd + 511) / 512 * 512;
-  static constexpr int kQueryBytes = kIsQueryShared ? kWarpRows * kHeadDim * 2 : 0;  // of a warp
+  // Of the warps that share rows.
+  static constexpr int kQueryBytes = kIsQueryShared ? kWarpRows * kHeadDim * 2 : 0;
 
   // Offset of what is behind the queries of so many warps.
-  static constexpr SKV_HOST_DEVICE int end(int warps) { return kQueryOffset + warps * kQueryBytes; }
+  static constexpr SKV_HOST_DEVICE int end(int warps) {
+    return kQueryOffset + warps / row_warps(kHeadDim) * kQueryBytes;
+  }
 };
 
 // Two 16-bit elements of the two lowest bytes of `pair`, int8, as 16-bit numbers without rounding.

@@ -16,17 +16,24 @@ inline constexpr int32_t kTileKeys = 64;    // keys that one step of the online 
 inline constexpr int32_t kChunkKeys = 512;  // keys that are reduced from a fresh state
 inline constexpr int32_t kChunkTiles = kChunkKeys / kTileKeys;
 inline constexpr int32_t kWarpRows = 16;  // query vectors of a warp: the rows of one matrix product
+inline constexpr int32_t kMaxTileWarps = 8;  // of a block
 
 // Chunks of a run are 2^run_log2. A row whose keys lie in at most 2^kMergeLevels runs can be
 // merged.
 inline constexpr int32_t kMergeLevels = 13;
 
-// Warps of a block at most: with a head dim of 256 a warp has the registers of two others.
-constexpr int max_tile_warps(int64_t head_dim) { return head_dim > 128 ? 4 : 8; }
+// Neighbouring warps that share kWarpRows rows: all of them compute the same scores and weights,
+// and each sums its part of the value columns. A warp has registers for the sums of 128 columns.
+SKV_HOST_DEVICE constexpr int32_t row_warps(int64_t head_dim) { return head_dim > 128 ? 2 : 1; }
+// Value columns that a warp sums.
+SKV_HOST_DEVICE constexpr int64_t warp_columns(int64_t head_dim) {
+  return head_dim / row_warps(head_dim);
+}
 
-// A row tile is kWarpRows query vectors of one KV head for each warp of a block.
+// A row tile is kWarpRows query vectors of one KV head for each row_warps(D) warps of a block.
 struct AttentionPlan {
-  int32_t warps;           // of a block: 1, 2, 4 or 8
+  int32_t warps;           // of a block: 1, 2, 4 or 8, and row_warps(D) at least
+  int32_t tile_rows;       // query vectors of a row tile
   int32_t blocks;          // of the grid; each takes every blocks-th piece of work
   int32_t first_run_log2;  // the runs are the shortest from here on that fit the two limits below
   int32_t last_run_log2;   // one run of this length holds every position
@@ -49,7 +56,7 @@ struct AttentionTask {
   SharedPrefixes prefixes;
   AttentionPlan plan;
   AttentionPartials partials;
-  float4* stacks;        // [blocks, stack_levels, D / 8 + 1, threads]
+  float4* stacks;        // [blocks, stack_levels, warp_columns(D) / 8 + 1, threads]
   int32_t* run_log2;     // [1], what the first kernel chose, for the second
   bool is_query_paired;  // two neighbouring elements of the query may be loaded at once
 };
@@ -61,6 +68,7 @@ int64_t attention_shared_bytes(DType kv_dtype, int64_t head_dim, const Attention
 cudaError_t launch_tiles_64(const AttentionTask& task, cudaStream_t stream);
 cudaError_t launch_tiles_96(const AttentionTask& task, cudaStream_t stream);
 cudaError_t launch_tiles_128(const AttentionTask& task, cudaStream_t stream);
+cudaError_t launch_tiles_256(const AttentionTask& task, cudaStream_t stream);
 cudaError_t launch_warpgroups_64(const AttentionTask& task, cudaStream_t stream);
 cudaError_t launch_warpgroups_128(const AttentionTask& task, cudaStream_t stream);
 cudaError_t launch_merge(const AttentionTask& task, cudaStream_t stream);

@@ -17,7 +17,13 @@ namespace skv::cuda {
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 
-// Row `index` of a warp's sixteen. The last tile of a sequence has fewer rows than warps have
+// Place in the tile of the first of a warp's sixteen rows.
+template <int kHeadDim>
+__device__ __forceinline__ int first_place() {
+  return warp_id() / row_warps(kHeadDim) * kWarpRows;
+}
+
+// The row at a place of the tile. The last tile of a sequence has fewer rows than warps have
 // places: those past the end compute the last row again, and write nothing.
 struct PackedRow {
   int32_t row;     // of the batch
@@ -25,8 +31,7 @@ struct PackedRow {
   int32_t packed;  // in the tile
   bool is_valid;
 
-  __device__ __forceinline__ PackedRow(const AttentionTask& task, const TileWork& tile, int index) {
-    const int32_t place = warp_id() * kWarpRows + index;
+  __device__ __forceinline__ PackedRow(const AttentionTask& task, const TileWork& tile, int place) {
     const int32_t group = group_size(task);
     is_valid = place < tile.num_packed;
     packed = min(place, tile.num_packed - 1);
@@ -35,12 +40,13 @@ struct PackedRow {
   }
 };
 
+template <int kHeadDim>
 __device__ __forceinline__ WarpPositions warp_positions(const AttentionTask& task,
                                                         const TileWork& tile) {
   WarpPositions positions;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const PackedRow row(task, tile, lane_id() / 4 + 8 * i);
+    const PackedRow row(task, tile, first_place<kHeadDim>() + lane_id() / 4 + 8 * i);
     positions.rows[i] = tile.position_of(task, row.row - tile.first_row);
   }
   positions.smallest = min(positions.rows[0], positions.rows[1]);
@@ -62,6 +68,8 @@ __device__ __forceinline__ uint32_t load_query_pair(const AttentionTask& task, i
   return source[0] | static_cast<uint32_t>(source[1]) << 16;
 }
 
+// Where the query lies in shared memory, the warps that share rows load it together: it must follow
+// a barrier of the block (KvRing::start), and one must follow before its use (KvRing::next).
 template <int kHeadDim>
 __device__ __forceinline__ void load_query(const AttentionTask& task, const TileWork& tile,
                                            unsigned char* shared, int offset,
@@ -70,11 +78,11 @@ __device__ __forceinline__ void load_query(const AttentionTask& task, const Tile
   const int lane = lane_id();
   if constexpr (QueryFragments<kHeadDim>::kIsShared) {
     constexpr int kPairs = kHeadDim / 2;
-    query.offset = offset + warp_id() * RingShape<uint16_t, kHeadDim>::kQueryBytes;
+    constexpr int kSharers = row_warps(kHeadDim);
+    query.offset = offset + warp_id() / kSharers * RingShape<uint16_t, kHeadDim>::kQueryBytes;
     unsigned char* own = shared + query.offset;
-    __syncwarp();  // no lane still reads the query of the work before
-    for (int i = 0; i < kWarpRows; ++i) {
-      const PackedRow row(task, tile, i);
+    for (int i = warp_id() % kSharers; i < kWarpRows; i += kSharers) {
+      const PackedRow row(task, tile, first_place<kHeadDim>() + i);
       const int64_t begin = row.row * params.query_row_stride + row.head * params.query_head_stride;
 #pragma unroll
       for (int pair = lane; pair < kPairs; pair += kWarpSize) {
@@ -82,11 +90,10 @@ __device__ __forceinline__ void load_query(const AttentionTask& task, const Tile
                                      4 * (pair % 4)) = load_query_pair(task, begin, 2 * pair);
       }
     }
-    __syncwarp();
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const PackedRow row(task, tile, lane / 4 + 8 * i);
+      const PackedRow row(task, tile, first_place<kHeadDim>() + lane / 4 + 8 * i);
       const int64_t begin = row.row * params.query_row_stride + row.head * params.query_head_stride;
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step) {
@@ -105,13 +112,15 @@ __device__ __forceinline__ void write_output(const AttentionTask& task, const Ti
                                              const RowSums& sums) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const PackedRow row(task, tile, lane_id() / 4 + 8 * i);
+    const PackedRow row(task, tile, first_place<kHeadDim>() + lane_id() / 4 + 8 * i);
     if (!row.is_valid) continue;
     const float inverse = inverse_sum(sums.sum[i]);
-    auto* output = static_cast<uint32_t*>(task.params.output) +
-                   (row.row * task.params.num_heads + row.head) * (kHeadDim / 2) + lane_id() % 4;
+    auto* output =
+        static_cast<uint32_t*>(task.params.output) +
+        ((row.row * task.params.num_heads + row.head) * kHeadDim + first_column<kHeadDim>()) / 2 +
+        lane_id() % 4;
 #pragma unroll
-    for (int block = 0; block < kHeadDim / 8; ++block) {
+    for (int block = 0; block < kSumBlocks<kHeadDim>; ++block) {
       output[4 * block] =
           pack2<T>(values[block][2 * i] * inverse, values[block][2 * i + 1] * inverse);
     }
@@ -124,18 +133,19 @@ __device__ __forceinline__ void write_partial(const AttentionTask& task, const T
                                               const RowSums& sums) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const PackedRow row(task, tile, lane_id() / 4 + 8 * i);
+    const PackedRow row(task, tile, first_place<kHeadDim>() + lane_id() / 4 + 8 * i);
     if (!row.is_valid) continue;
     const int64_t partial = tile.first_partial + row.packed;
     SKV_DEVICE_ASSERT(partial < task.plan.partial_rows);
-    if (lane_id() % 4 == 0) {
+    if (first_column<kHeadDim>() == 0 && lane_id() % 4 == 0) {
       reinterpret_cast<float2*>(task.partials.states)[partial] =
           make_float2(sums.maximum[i], sums.sum[i]);
     }
-    auto* target =
-        reinterpret_cast<float2*>(task.partials.values + partial * kHeadDim) + lane_id() % 4;
+    auto* target = reinterpret_cast<float2*>(task.partials.values + partial * kHeadDim +
+                                             first_column<kHeadDim>()) +
+                   lane_id() % 4;
 #pragma unroll
-    for (int block = 0; block < kHeadDim / 8; ++block) {
+    for (int block = 0; block < kSumBlocks<kHeadDim>; ++block) {
       target[4 * block] = make_float2(values[block][2 * i], values[block][2 * i + 1]);
     }
   }
@@ -145,7 +155,7 @@ template <int kHeadDim>
 __device__ __forceinline__ void clear_state(TileSums<kHeadDim>& values, RowSums& sums) {
   sums.clear();
 #pragma unroll
-  for (int block = 0; block < kHeadDim / 8; ++block) {
+  for (int block = 0; block < kSumBlocks<kHeadDim>; ++block) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) values[block][i] = 0.0f;
   }
@@ -162,7 +172,7 @@ __device__ __forceinline__ void fold_keys(const AttentionTask& task, const TileW
   ring.start();
   QueryFragments<kHeadDim> query;
   load_query<kHeadDim>(task, tile, shared, Shape::kQueryOffset, query);
-  const WarpPositions positions = warp_positions(task, tile);
+  const WarpPositions positions = warp_positions<kHeadDim>(task, tile);
   const int32_t end_tile = (tile.key_end + kTileKeys - 1) / kTileKeys;
   for (int32_t t = tile.key_begin / kTileKeys; t < end_tile; ++t) {
     const int32_t first_key = t * kTileKeys;

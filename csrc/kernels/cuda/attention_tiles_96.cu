@@ -11,7 +11,7 @@ namespace skv::cuda {
 namespace {
 
 constexpr int kHeadDim = 96;
-constexpr int kThreads = kWarpSize * max_tile_warps(kHeadDim);
+constexpr int kThreads = kWarpSize * kMaxTileWarps;
 
 template <typename T, typename Kv>
 __global__ void __launch_bounds__(kThreads)

@@ -98,7 +98,7 @@ struct WorkCount {
 };
 
 __device__ __forceinline__ int32_t tiles_of(const AttentionTask& task, int32_t rows) {
-  const int32_t tile_rows = kWarpRows * task.plan.warps;
+  const int32_t tile_rows = task.plan.tile_rows;
   return (rows * group_size(task) + tile_rows - 1) / tile_rows;
 }
 
@@ -241,7 +241,7 @@ struct TileWork {
 __device__ __forceinline__ void place_tile(const AttentionTask& task, int32_t rows, int32_t item,
                                            int32_t first_run, int32_t run_log2, TileWork* tile) {
   const int32_t tiles = tiles_of(task, rows);
-  const int32_t tile_rows = kWarpRows * task.plan.warps;
+  const int32_t tile_rows = task.plan.tile_rows;
   const int32_t packed_rows = rows * group_size(task);
   const int32_t row_tile = tiles - 1 - item % tiles;
   const int32_t slice = item / tiles;  // run x KV head

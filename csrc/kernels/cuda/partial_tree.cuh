@@ -71,7 +71,7 @@ class PartialStack {
   }
 
  private:
-  static constexpr int kVectors = kHeadDim / 8 + 1;
+  static constexpr int kVectors = kSumBlocks<kHeadDim> + 1;
 
   __device__ __forceinline__ float4* level_at(int level) const {
     const AttentionPlan& plan = task_.plan;
@@ -89,7 +89,7 @@ class PartialStack {
     const RowMerge lower(left.y, left.w, sums.maximum[1], sums.sum[1]);
     sums = {{upper.maximum, lower.maximum}, {upper.sum, lower.sum}};
 #pragma unroll
-    for (int block = 0; block < kHeadDim / 8; ++block) {
+    for (int block = 0; block < kSumBlocks<kHeadDim>; ++block) {
       // A few loads at a time: all of them at once would not fit the registers.
       if (block % 4 == 0) __syncwarp();
       const float4 other = node[block * stride];
@@ -104,7 +104,7 @@ class PartialStack {
                                              const RowSums& sums) {
     const int stride = static_cast<int>(blockDim.x);
 #pragma unroll
-    for (int block = 0; block < kHeadDim / 8; ++block) {
+    for (int block = 0; block < kSumBlocks<kHeadDim>; ++block) {
       node[block * stride] =
           make_float4(values[block][0], values[block][1], values[block][2], values[block][3]);
     }
