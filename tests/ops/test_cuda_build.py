@@ -64,12 +64,12 @@ def test_cuda_kernels_are_registered_where_built(op: str) -> None:
 
 
 def test_the_sources_compile_as_plain_c_plus_plus_too() -> None:
-    """Launches by launch_kernel, PTX in ptx.cuh: what the emulator of tests/emulation needs."""
+    """Launches by launch_kernel, PTX in two files: what the emulator of tests/emulation needs."""
     for source in (ROOT / "csrc/kernels/cuda").iterdir():
         text = source.read_text()
         assert not re.search(r">>>\s*\(", text), f"{source.name}: use launch_kernel"
         has_asm = re.search(r"\basm\s*(volatile\s*)?\(", text) is not None
-        assert has_asm is (source.name == "ptx.cuh"), source.name
+        assert has_asm is (source.name in ("ptx.cuh", "wgmma.cuh")), source.name
 
 
 def test_the_sources_register_the_listed_ops() -> None:

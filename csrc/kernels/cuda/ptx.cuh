@@ -1,5 +1,5 @@
-// All instructions that C++ has no words for. No other file uses asm: the emulator of
-// tests/emulation replaces this file by one with the same functions.
+// All instructions that C++ has no words for, but for those of wgmma.cuh: the emulator of
+// tests/emulation replaces both files by others with the same functions.
 //
 // "memory" on what touches shared memory keeps the compiler from moving it past a barrier.
 #pragma once
