@@ -40,6 +40,7 @@ OPS = {
     "quantized_linear",
     "paged_attention",
     "rms_norm",
+    "rms_norm_residual",
     "silu_mul",
     "rope_append_kv",
     "append_kv",
