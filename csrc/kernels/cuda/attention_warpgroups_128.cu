@@ -10,7 +10,7 @@
 namespace skv::cuda {
 namespace {
 
-constexpr int kHeadDim = 128;
+[[maybe_unused]] constexpr int kHeadDim = 128;  // not by code for sm_80
 constexpr int kThreads = kWarpSize * kMaxTileWarps;
 
 template <typename T, typename Kv>

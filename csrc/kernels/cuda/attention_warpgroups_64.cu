@@ -10,7 +10,7 @@
 namespace skv::cuda {
 namespace {
 
-constexpr int kHeadDim = 64;
+[[maybe_unused]] constexpr int kHeadDim = 64;  // not by code for sm_80
 constexpr int kThreads = kWarpSize * kMaxTileWarps;
 
 template <typename T, typename Kv>
