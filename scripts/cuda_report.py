@@ -70,7 +70,7 @@ def readable_names(names: list[str]) -> dict[str, str]:
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     readable = {}
     for symbol, line in zip(names, lines, strict=True):
-        short = re.sub(r"skv::(cuda::)?(\(anonymous namespace\)::)?|\(int\)", "", line)
+        short = re.sub(r"skv::(cuda::)?(\(anonymous namespace\)::)?|\((?:int|bool)\)", "", line)
         found = DEMANGLED.search(short)
         readable[symbol] = found["name"] + (found["arguments"] or "") if found else short
     return readable

@@ -1,6 +1,8 @@
 // One block: pieces of work one after the other, each from its first key to its output or partial.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -284,27 +286,33 @@ __device__ __forceinline__ void attend_tiles(const AttentionTask& task) {
   grid_dependency_launch();
 }
 
-using TileKernel = void (*)(AttentionTask);
+template <typename T, typename Kv, int kHeadDim, bool kByWarpgroup>
+__global__ void __launch_bounds__(kWarpSize* kMaxTileWarps)
+    attention_tiles_kernel([[maybe_unused]] const __grid_constant__ AttentionTask task) {
+  if constexpr (kHasWarpgroups || !kByWarpgroup) {
+    attend_tiles<T, Kv, kHeadDim, kByWarpgroup>(task);
+  } else {
+    unreachable_kernel();  // in code for sm_80: an error of the launch, never a wrong result
+  }
+}
 
-// The kernels of one head dim, by query and pool dtype.
-struct TileKernels {
-  TileKernel bf16;
-  TileKernel bf16_int8;
-  TileKernel half;
-  TileKernel half_int8;
-};
+template <typename T, int kHeadDim, bool kByWarpgroup>
+auto tile_kernel(bool is_int8) {
+  return is_int8 ? attention_tiles_kernel<T, int8_t, kHeadDim, kByWarpgroup>
+                 : attention_tiles_kernel<T, T, kHeadDim, kByWarpgroup>;
+}
 
-inline cudaError_t launch_tiles(const TileKernels& kernels, const AttentionTask& task,
-                                cudaStream_t stream) {
+template <int kHeadDim, bool kByWarpgroup = false>
+cudaError_t launch_tiles(const AttentionTask& task, cudaStream_t stream) {
   const PagedAttentionParams& params = task.params;
   const bool is_int8 = params.kv_dtype == DType::kInt8;
   const LaunchShape shape{.blocks = task.plan.blocks,
                           .threads = task.plan.warps * kWarpSize,
-                          .shared_bytes = static_cast<size_t>(attention_shared_bytes(
-                              params.kv_dtype, params.layout.head_dim, task.plan))};
-  const TileKernel kernel = params.activation_dtype == DType::kBFloat16
-                                ? (is_int8 ? kernels.bf16_int8 : kernels.bf16)
-                                : (is_int8 ? kernels.half_int8 : kernels.half);
+                          .shared_bytes = static_cast<size_t>(
+                              attention_shared_bytes(params.kv_dtype, kHeadDim, task.plan))};
+  const auto kernel = params.activation_dtype == DType::kBFloat16
+                          ? tile_kernel<__nv_bfloat16, kHeadDim, kByWarpgroup>(is_int8)
+                          : tile_kernel<__half, kHeadDim, kByWarpgroup>(is_int8);
   return launch_kernel(kernel, shape, stream, task);
 }
 

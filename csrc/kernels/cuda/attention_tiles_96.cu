@@ -1,32 +1,11 @@
-// Tensor-core attention for head_dim 96. One source for each head dim: they compile at the same
-// time.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-
+// Tensor-core attention for head_dim 96. A source for each: they
+// compile at the same time.
 #include "csrc/kernels/cuda/attention_tile.cuh"
 
 namespace skv::cuda {
-namespace {
-
-constexpr int kHeadDim = 96;
-constexpr int kThreads = kWarpSize * kMaxTileWarps;
-
-template <typename T, typename Kv>
-__global__ void __launch_bounds__(kThreads)
-    attention_tiles_96_kernel(const __grid_constant__ AttentionTask task) {
-  attend_tiles<T, Kv, kHeadDim>(task);
-}
-
-}  // namespace
 
 cudaError_t launch_tiles_96(const AttentionTask& task, cudaStream_t stream) {
-  constexpr TileKernels kKernels{attention_tiles_96_kernel<__nv_bfloat16, __nv_bfloat16>,
-                                 attention_tiles_96_kernel<__nv_bfloat16, int8_t>,
-                                 attention_tiles_96_kernel<__half, __half>,
-                                 attention_tiles_96_kernel<__half, int8_t>};
-  return launch_tiles(kKernels, task, stream);
+  return launch_tiles<96>(task, stream);
 }
 
 }  // namespace skv::cuda

@@ -20,6 +20,9 @@ namespace skv::cuda {
 // Defined where the functions below may be called.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define SKV_HAS_WGMMA
+inline constexpr bool kHasWarpgroups = true;
+#else
+inline constexpr bool kHasWarpgroups = false;
 #endif
 
 inline constexpr uint32_t kSwizzleAtomBytes = 1024;  // eight rows of 128 bytes

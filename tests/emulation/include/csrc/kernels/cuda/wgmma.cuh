@@ -15,6 +15,7 @@
 namespace skv::cuda {
 
 #define SKV_HAS_WGMMA
+inline constexpr bool kHasWarpgroups = true;
 
 inline constexpr uint32_t kSwizzleAtomBytes = 1024;
 
