@@ -10,7 +10,7 @@ from typing import Any
 from bench import cuda_timing, roofs
 from bench.harness import SCHEMA, Settings
 from stateful_kv import build_info
-from stateful_kv import report as package_report
+from stateful_kv.apps import report as package_report
 
 
 def git_state() -> dict[str, Any]:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stateful_kv.batch import Batch
-from stateful_kv.cache import KVCache
+from stateful_kv.kv.batch import Batch
+from stateful_kv.kv.cache import KVCache
 from stateful_kv.models.llama import LlamaModel
 
 TEXT = Path(__file__).resolve().parent.parent / "tests" / "data" / "quality.txt"

@@ -6,14 +6,14 @@ For engine builders: bring your own scheduler, tokenizer and weights; the pages 
 import torch
 
 from stateful_kv import ops
-from stateful_kv.models.loading import load_model
+from stateful_kv.models.files.loading import load_model
 
 PAGE_SIZE, NUM_PAGES, MAX_DRAFT = 64, 32, 4
 
 
 # README.md shows what follows
 def linear(x, layer, residual=None, norm=None, eps=0.0):
-    w = layer.parts[0]  # panels of 16 columns, int8 or 4-bit: see stateful_kv.quantize
+    w = layer.parts[0]  # panels of 16 columns, int8 or 4-bit: see stateful_kv.models.packing
     rest = (layer.bias, w.out_features, residual, norm, eps, layer.has_silu_mul)
     return ops.quantized_linear(x, w.weight, w.scales, w.minimums, *rest)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from stateful_kv.engine import Engine
+from stateful_kv.engine.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "ops_decode_loop.py"

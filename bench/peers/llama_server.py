@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import PeerFailedError, PeerMissingError
-from stateful_kv.workflow import TurnRow, WorkflowFile
+from stateful_kv.apps.workflow import TurnRow, WorkflowFile
 
 VARIABLE = "STATEFUL_KV_LLAMA_SERVER"
 SLOT_TOKENS = 8192

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from bench.peers import transformers_model
-from stateful_kv.tokenizer import ChatTokenizer
-from stateful_kv.workflow import Agent, TurnRow, WorkflowFile, WorkflowTurn
+from stateful_kv.apps.workflow import Agent, TurnRow, WorkflowFile, WorkflowTurn
+from stateful_kv.text.tokenizer import ChatTokenizer
 
 MAX_TURNS = 6
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from bench.harness import PeerMissingError
-from stateful_kv.config import ModelConfig
-from stateful_kv.models.gguf_file import GGUFFile
-from stateful_kv.models.gguf_model import GGUFSource, read_config
+from stateful_kv.models.config import ModelConfig
+from stateful_kv.models.files.gguf_file import GGUFFile
+from stateful_kv.models.files.gguf_model import GGUFSource, read_config
 
 MAX_BATCH = 512
 INSTALL = "pip install transformers"

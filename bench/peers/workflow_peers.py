@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from bench.peers import llama_server, transformers_chat
-from stateful_kv.models.loading import LoadedModel, resolve
-from stateful_kv.workflow import TurnRow, WorkflowFile
+from stateful_kv.apps.workflow import TurnRow, WorkflowFile
+from stateful_kv.models.files.loading import LoadedModel, resolve
 
 Turns = Generator[TurnRow, None, None]
 # Given a stack for what must be ended, the model, the file and the tokens of a reply; returns the

@@ -26,7 +26,7 @@ from bench.harness import Case, Check, Missing, Settings, Trial, Work
 from bench.suites import engine_step, real_model
 from bench.suites.model_sides import Context, PeerContext, Sides, best_setting
 from stateful_kv.errors import ModelNotFoundError
-from stateful_kv.models.loading import resolve
+from stateful_kv.models.files.loading import resolve
 
 CONTEXTS = (0, 2048, 6144)
 WORK = (

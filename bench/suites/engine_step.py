@@ -24,10 +24,10 @@ from torch.autograd.profiler import profile
 
 from bench.harness import Check, Settings, Trial, Work
 from bench.suites.model_sides import PAGE_SIZE, Sides
-from stateful_kv.config import EngineConfig
-from stateful_kv.engine import Engine
-from stateful_kv.profile_events import CONTAINERS
-from stateful_kv.profiling import OpRecorder
+from stateful_kv.apps.profile.events import CONTAINERS
+from stateful_kv.apps.profile.recorder import OpRecorder
+from stateful_kv.engine.config import EngineConfig
+from stateful_kv.engine.engine import Engine
 
 NAMESPACE = "stateful_kv::"
 MAX_TEMPLATE = 64  # tokens that the chat template puts around the text, and then some

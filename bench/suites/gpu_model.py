@@ -23,14 +23,14 @@ from bench.harness import Case, Check, Settings, Trial, Work
 from bench.suites import gpu_engine, on_device
 from bench.suites.gpu_engine import LetterTokenizer
 from stateful_kv._native import check_device
-from stateful_kv.batch import Batch
-from stateful_kv.cache import KVCache
-from stateful_kv.config import ModelConfig
 from stateful_kv.errors import ModelNotFoundError
-from stateful_kv.models.dense_weights import DenseBuilder
+from stateful_kv.kv.batch import Batch
+from stateful_kv.kv.cache import KVCache
+from stateful_kv.models.config import ModelConfig
+from stateful_kv.models.files.dense_weights import DenseBuilder
+from stateful_kv.models.files.loading import resolve
+from stateful_kv.models.files.weights import build_weights
 from stateful_kv.models.llama import LlamaModel
-from stateful_kv.models.loading import resolve
-from stateful_kv.models.weights import build_weights
 
 SUITE = "gpu_model"
 CONTEXT = 256

@@ -17,9 +17,9 @@ from bench import harness
 from bench.harness import Settings
 from bench.peers.workflow_peers import Start, start_cached_transformers
 from bench.suites import on_device, workflow
+from stateful_kv.apps.workflow import Workflow, WorkflowFile, load_workflow
 from stateful_kv.errors import ModelNotFoundError
-from stateful_kv.models.loading import resolve
-from stateful_kv.workflow import Workflow, WorkflowFile, load_workflow
+from stateful_kv.models.files.loading import resolve
 
 SUITE = "gpu_workflow"
 # The one that something is asked of comes first: a run may be cut short.

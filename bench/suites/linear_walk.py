@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bench.suites import real_model, shapes
-from stateful_kv import quantize
+from stateful_kv.models import packing
 from stateful_kv.models.llama import Linear
-from stateful_kv.quantize import PackedWeight
+from stateful_kv.models.packing import PackedWeight
 
 # Linear layers of one transformer layer: fused qkv, o, fused gate-up, down.
 PER_LAYER = len(shapes.LAYER_SHAPES)
@@ -44,15 +44,15 @@ class Walk:
     def plain(self) -> list[Tensor]:
         """The same weights for a peer: float32[out, in]."""
         return [
-            torch.cat([quantize.unpack(part) for part in linear.parts]) for linear in self.linears
+            torch.cat([packing.unpack(part) for part in linear.parts]) for linear in self.linears
         ]
 
 
 def _random_weight(out_features: int, in_features: int, weight_format: str) -> PackedWeight:
     weight = torch.randn(out_features, in_features) * in_features**-0.5
     if weight_format == "int8":
-        return quantize.pack_int8(*quantize.quantize_int8(weight))
-    return quantize.pack_int4(*quantize.quantize_int4(weight))
+        return packing.pack_int8(*packing.quantize_int8(weight))
+    return packing.pack_int4(*packing.quantize_int4(weight))
 
 
 def _random(weight_format: str, num_layers: int) -> list[Linear]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from bench.harness import Missing, PeerMissingError
 from bench.peers import llama_cpp_model, transformers_model
 from bench.suites import real_model
-from stateful_kv.batch import Batch
-from stateful_kv.cache import KVCache
-from stateful_kv.models.loading import LoadedModel, resolve
+from stateful_kv.kv.batch import Batch
+from stateful_kv.kv.cache import KVCache
+from stateful_kv.models.files.loading import LoadedModel, resolve
 
 PAGE_SIZE = 64
 MAX_BATCH = 512

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from stateful_kv.config import EngineConfig
-from stateful_kv.engine import Engine
-from stateful_kv.models.loading import LoadedModel, load_model
+from stateful_kv.engine.config import EngineConfig
+from stateful_kv.engine.engine import Engine
+from stateful_kv.models.files.loading import LoadedModel, load_model
 
 MODEL = "smollm2"
 

@@ -12,7 +12,8 @@ from bench import harness
 from bench.harness import Case, Settings, Trial, Work
 from bench.peers import text_scan, torch_composites
 from bench.suites import shapes, texts
-from stateful_kv import ops, quantize
+from stateful_kv import ops
+from stateful_kv.models import packing
 
 EPS = 1e-5
 TOLERANCE = 1e-4
@@ -261,9 +262,9 @@ def _linear_top_k(num_rows: int, k: int, settings: Settings) -> Trial:
     """The head of the model, int8: larger than a cache, so one weight is all it needs."""
     vocab = 4096 if settings.smoke else shapes.VOCAB
     inputs, rotation_bytes = _rows(num_rows, shapes.HIDDEN, settings)
-    packed = quantize.pack_int8(*quantize.quantize_int8(torch.randn(vocab, shapes.HIDDEN)))
+    packed = packing.pack_int8(*packing.quantize_int8(torch.randn(vocab, shapes.HIDDEN)))
     parts = packed.weight, packed.scales, packed.minimums, None, vocab
-    plain = quantize.unpack(packed)
+    plain = packing.unpack(packed)
     num_bytes = packed.weight.nbytes + (0 if packed.scales is None else packed.scales.nbytes)
 
     def peer(index: int) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from stateful_kv.apps.workflow import load_workflow
 from stateful_kv.errors import ModelNotFoundError
-from stateful_kv.models.loading import LoadedModel, load_model, resolve
-from stateful_kv.workflow import load_workflow
+from stateful_kv.models.files.loading import LoadedModel, load_model, resolve
 
 MODEL = "smollm2"
 TEXT_WORKFLOW = "coding35"

@@ -22,7 +22,7 @@ from bench import harness
 from bench.harness import PeerMissingError, Settings
 from bench.peers.workflow_peers import PEERS, Start, Turns
 from bench.suites import on_device
-from stateful_kv.workflow import (
+from stateful_kv.apps.workflow import (
     Player,
     ReplayOptions,
     TurnRow,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from stateful_kv import ops
 from stateful_kv._native import build_info
-from stateful_kv.config import EngineConfig, ModelConfig, SamplingParams
+from stateful_kv.choosing.params import SamplingParams
+from stateful_kv.engine.config import EngineConfig
 from stateful_kv.errors import (
     BuildMismatchError,
     ContextLengthError,
@@ -23,18 +24,19 @@ from stateful_kv.errors import (
     SessionClosedError,
     StatefulKVError,
 )
+from stateful_kv.models.config import ModelConfig
 
 if TYPE_CHECKING:
-    from stateful_kv.engine import Engine
-    from stateful_kv.receipts import Receipt, Reply
-    from stateful_kv.session import Session
+    from stateful_kv.engine.engine import Engine
+    from stateful_kv.session.receipts import Receipt, Reply
+    from stateful_kv.session.session import Session
 
 # The engine brings tokenizers and templates; who only wants the ops does not wait for them.
 _LAZY = {
-    "Engine": "stateful_kv.engine",
-    "Receipt": "stateful_kv.receipts",
-    "Reply": "stateful_kv.receipts",
-    "Session": "stateful_kv.session",
+    "Engine": "stateful_kv.engine.engine",
+    "Receipt": "stateful_kv.session.receipts",
+    "Reply": "stateful_kv.session.receipts",
+    "Session": "stateful_kv.session.session",
 }
 
 

@@ -45,6 +45,34 @@ class InvalidRequestError(StatefulKVError, ValueError):
     """The request cannot be served as written: empty messages, unknown roles, bad token ids."""
 
 
+class BadLogitsError(StatefulKVError):
+    """A row of logits holds NaN or +inf, or nothing but -inf: no token can be chosen from it."""
+
+    @staticmethod
+    def at(position: int, top: float) -> BadLogitsError:
+        """The error for a row whose maximum is `top`."""
+        return BadLogitsError(f"row_error: logits for position {position} have the maximum {top}")
+
+
+def require(condition: bool, field: str, rule: str, value: object) -> None:
+    """Raises ValueError naming `field` unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{field}: {rule}, got {value!r}")
+
+
+def require_int(field: str, value: Any, minimum: int) -> None:
+    """Raises ValueError unless `value` is an int (not a bool) of at least `minimum`."""
+    good = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    require(good, field, f"expected an integer >= {minimum}", value)
+
+
+def require_real(field: str, value: Any, rule: str, low: float, high: float) -> None:
+    """Raises ValueError unless `value` is a finite number within [low, high]."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    good = good and low <= value <= high  # false for NaN; exact for integers of any size
+    require(good, field, rule, value)
+
+
 def require_type(
     field: str, value: Any, types: type | tuple[type, ...], expected: str, *, optional: bool = False
 ) -> None:

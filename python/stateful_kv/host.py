@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from stateful_kv.cache import KVCache
-from stateful_kv.ledger import TokenArray
-from stateful_kv.stopping import StreamDecoder
-from stateful_kv.turn import SessionState, Turn
+from stateful_kv.kv.cache import KVCache
+from stateful_kv.session.turn import SessionState, Turn
+from stateful_kv.text.stopping import StreamDecoder
+from stateful_kv.types import TokenArray
 
 Message = Mapping[str, Any]
 Messages = str | Message | Sequence[Message]

@@ -19,8 +19,8 @@ from bench.peers import flashinfer_attention, own_splits, torch_attention, trans
 from bench.suites import gpu_attention, gpu_model, gpu_workflow, on_device
 from bench.suites.gpu_shapes import AttentionShape, make_inputs
 from stateful_kv import ops
-from stateful_kv.models.loading import load_model, resolve
-from stateful_kv.workflow import load_workflow
+from stateful_kv.apps.workflow import load_workflow
+from stateful_kv.models.files.loading import load_model, resolve
 
 SMOKE = Settings(smoke=True, device="cpu")
 ROOF = {"read_bytes_per_s": 1e10, "fp32_flops_per_s": 1e11}

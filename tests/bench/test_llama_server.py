@@ -11,7 +11,7 @@ from bench import __main__ as command
 from bench import harness
 from bench.peers import llama_server
 from bench.suites import workflow as suite
-from stateful_kv.workflow import TurnRow, parse_workflow
+from stateful_kv.apps.workflow import TurnRow, parse_workflow
 
 # Answers with the number of messages it was sent; ends when a message says so.
 PROGRAM = """#!{python}

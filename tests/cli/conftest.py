@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from stateful_kv import cli
+from stateful_kv.apps import cli
 from tests.cli.fake_engine import FakeEngine
 
 

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from stateful_kv import cli, cost_file
-from stateful_kv.config import EngineConfig
-from stateful_kv.costs import CostCurve
-from stateful_kv.engine import Engine
+from stateful_kv.apps import cli
+from stateful_kv.drafts import cost_file
+from stateful_kv.drafts.costs import CostCurve
+from stateful_kv.engine.config import EngineConfig
+from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import ModelNotFoundError
-from stateful_kv.machine import cpu_name
+from stateful_kv.system.machine import cpu_name
 from tests.cli.test_workflow import ROW_FIELDS
 from tests.e2e.tiny import ByteTokenizer, CountingUp, DenseForm, tiny_llama
 
@@ -187,7 +188,7 @@ def test_info_shows_the_row_counts_of_a_model(invoke, monkeypatch):
         asked.append((name, weight_format, device))
         return SimpleNamespace(model=tiny_llama(form=DenseForm()))
 
-    monkeypatch.setattr("stateful_kv.models.loading.load_model", load)
+    monkeypatch.setattr("stateful_kv.models.files.loading.load_model", load)
     monkeypatch.setenv("COLUMNS", "200")
     result = invoke("info", "--model", "some.gguf")
     assert result.exit_code == 0, result.output

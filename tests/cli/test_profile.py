@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from stateful_kv import cli
-from stateful_kv.config import EngineConfig
-from stateful_kv.engine import Engine
+from stateful_kv.apps import cli
+from stateful_kv.engine.config import EngineConfig
+from stateful_kv.engine.engine import Engine
 from tests.cli.fake_engine import FakeEngine
 from tests.e2e.tiny import ByteTokenizer, CountingUp, tiny_llama
 
@@ -118,16 +118,16 @@ def test_an_error_of_the_engine_is_one_line_and_the_trace_is_whole(
 def test_it_fails_when_replies_differ(
     tiny_engine: list[Engine], monkeypatch: pytest.MonkeyPatch, invoke: Any, workflow_path: Path
 ) -> None:
-    from stateful_kv import profiling
+    from stateful_kv.apps.profile import recorder
 
-    original = profiling.profile_workflow
+    original = recorder.profile_workflow
 
-    def differ(*args: Any, **kwargs: Any) -> profiling.Profile:
+    def differ(*args: Any, **kwargs: Any) -> recorder.Profile:
         profile = original(*args, **kwargs)
         profile.tokens_equal = False
         return profile
 
-    monkeypatch.setattr(profiling, "profile_workflow", differ)
+    monkeypatch.setattr(recorder, "profile_workflow", differ)
     result = invoke("profile", workflow_path, "--turns", 1)
     assert result.exit_code == 1
     assert "the replies differ under the recorder" in result.stderr

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from stateful_kv import cli
-from stateful_kv.workflow import TurnRow, delta_excess, load_workflow
+from stateful_kv.apps import cli
+from stateful_kv.apps.workflow import TurnRow, delta_excess, load_workflow
 
 Runs = tuple[list[TurnRow], list[TurnRow]]
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from stateful_kv.workflow import (
+from stateful_kv.apps.workflow import (
     ReplayOptions,
     WorkflowError,
     delta_excess,

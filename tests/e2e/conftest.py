@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from stateful_kv import cost_file
-from stateful_kv.calibrate import CostChoice
-from stateful_kv.config import EngineConfig
-from stateful_kv.engine import Engine
+from stateful_kv.drafts import cost_file
+from stateful_kv.drafts.calibrate import CostChoice
+from stateful_kv.engine.config import EngineConfig
+from stateful_kv.engine.engine import Engine
 from stateful_kv.models.llama import LlamaModel
 from tests.e2e.tiny import COSTS, ByteTokenizer, DenseForm, Recorder, tiny_llama
 

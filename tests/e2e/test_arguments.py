@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from stateful_kv import cache
-from stateful_kv.cache import KVCache
-from stateful_kv.config import EngineConfig, SamplingParams
-from stateful_kv.engine import Engine
+from stateful_kv.choosing.params import SamplingParams
+from stateful_kv.engine.config import EngineConfig
+from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import InvalidRequestError
+from stateful_kv.kv import cache
+from stateful_kv.kv.cache import KVCache
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import COSTS, ByteTokenizer, CountingUp
 
@@ -100,7 +101,7 @@ def test_a_pool_beyond_memory(make_engine: MakeEngine, size: dict[str, int]) -> 
 
 
 def test_a_pool_that_cannot_be_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stateful_kv.cache._physical_memory", lambda: None)
+    monkeypatch.setattr("stateful_kv.kv.cache._physical_memory", lambda: None)
     with pytest.raises(InvalidRequestError, match=r"kv_tokens: .*\(\d+ bytes\): "):
         KVCache(30, 3, 64, 10**13, 64)
 

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import pytest
 
-from stateful_kv.cache import DTYPES
-from stateful_kv.engine import Engine
+from stateful_kv.engine.engine import Engine
+from stateful_kv.kv.cache import DTYPES
 from stateful_kv.models.llama import LlamaModel
-from stateful_kv.session import Session
+from stateful_kv.session.session import Session
 from tests.e2e.conftest import CUDA, MakeEngine, on_devices
 from tests.e2e.tiny import Recorder, rows_from_scratch
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from stateful_kv import calibrate, cost_file
-from stateful_kv.batch import Batch
-from stateful_kv.cache import KVCache
-from stateful_kv.calibrate import Costs, fingerprint, measure
-from stateful_kv.config import EngineConfig
-from stateful_kv.costs import CostCurve
-from stateful_kv.drafting import Drafter
+from stateful_kv.drafts import calibrate, cost_file
+from stateful_kv.drafts.calibrate import Costs, fingerprint, measure
+from stateful_kv.drafts.costs import CostCurve
+from stateful_kv.drafts.ngram import Drafter
+from stateful_kv.engine.config import EngineConfig
 from stateful_kv.errors import InvalidRequestError
+from stateful_kv.kv.batch import Batch
+from stateful_kv.kv.cache import KVCache
 from stateful_kv.models.llama import LlamaModel
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import COSTS, CountingUp, TopKOfLogits, tiny_llama

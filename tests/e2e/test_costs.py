@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from stateful_kv import cost_file
-from stateful_kv.costs import CostCurve, point_rows, smoothed
+from stateful_kv.drafts import cost_file
+from stateful_kv.drafts.costs import CostCurve, point_rows, smoothed
 from tests.e2e.tiny import COSTS
 
 CURVE = CostCurve((1, 2, 4), (8.0, 9.0, 13.0), 0.25, 0.5, noise=0.1)

@@ -8,14 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stateful_kv import _native, cache, cost_file
-from stateful_kv.batch import Batch
-from stateful_kv.calibrate import Costs
-from stateful_kv.config import EngineConfig
-from stateful_kv.device import device_name, joined, split, to_device, to_host
-from stateful_kv.engine import Engine
+from stateful_kv import _native
+from stateful_kv.drafts import cost_file
+from stateful_kv.drafts.calibrate import Costs
+from stateful_kv.engine.config import EngineConfig
+from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import DeviceUnavailableError, InvalidRequestError
+from stateful_kv.kv import cache
+from stateful_kv.kv.batch import Batch
 from stateful_kv.models.llama import LlamaModel
+from stateful_kv.system.device import device_name, joined, split, to_device, to_host
 from tests.e2e.tiny import COSTS, ByteTokenizer, CountingUp
 
 CPU = torch.device("cpu")
@@ -133,7 +135,7 @@ class TestLoading:
         ) -> None:
             asked.append((model, tokenizer, config.device, config.kv_dtype))
 
-        monkeypatch.setattr("stateful_kv.models.loading.load_model", load)
+        monkeypatch.setattr("stateful_kv.models.files.loading.load_model", load)
         monkeypatch.setattr(Engine, "__init__", init)
         Engine.load("m", weight_format="dense", **arguments)
         device, dtype = arguments.get("device", "cpu"), arguments.get("dtype", "auto")
@@ -204,8 +206,8 @@ def test_stored_costs_are_those_of_the_device(
 ) -> None:
     keys: list[cost_file.Key] = []
     monkeypatch.setattr(cost_file, "store", lambda key, curve: keys.append(key))
-    monkeypatch.setattr("stateful_kv.calibrate.measure", lambda *_: COSTS)
-    monkeypatch.setattr("stateful_kv.calibrate.check_device", torch.device)
+    monkeypatch.setattr("stateful_kv.drafts.calibrate.measure", lambda *_: COSTS)
+    monkeypatch.setattr("stateful_kv.drafts.calibrate.check_device", torch.device)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU at {device}")
     for name in ("cpu", "cuda:1"):
         Costs(llama, EngineConfig(device=name), "measure").curve()

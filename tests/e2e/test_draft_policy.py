@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from stateful_kv.costs import CostCurve
-from stateful_kv.drafting import ALONE, MAX_MATCH, MIN_MATCH, DraftPolicy, StepLoad
+from stateful_kv.drafts.costs import CostCurve
+from stateful_kv.drafts.policy import ALONE, MAX_MATCH, MIN_MATCH, DraftPolicy, StepLoad
 from tests.e2e.tiny import COSTS
 
 CHEAP = CostCurve((1, 2, 8), (8e-3, 8.1e-3, 9e-3))

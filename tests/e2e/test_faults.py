@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from stateful_kv import ops
-from stateful_kv.cache import KVCache
-from stateful_kv.engine import Engine
+from stateful_kv.choosing.sampler import Sampler
+from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import (
     ContextLengthError,
     InvalidRequestError,
@@ -24,10 +24,10 @@ from stateful_kv.errors import (
     SessionClosedError,
     StatefulKVError,
 )
-from stateful_kv.sampling import Sampler
-from stateful_kv.session import Session
-from stateful_kv.stopping import StopRules
-from stateful_kv.turn import SessionState, Turn
+from stateful_kv.kv.cache import KVCache
+from stateful_kv.session.session import Session
+from stateful_kv.session.turn import SessionState, Turn
+from stateful_kv.text.stopping import StopRules
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import VOCAB_SIZE, ByteTokenizer, CountingUp, Provenance, Scripted
 

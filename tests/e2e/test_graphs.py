@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stateful_kv.graphs import NUM_WARM_UPS, GraphRecorder
+from stateful_kv.engine.loop.graphs import NUM_WARM_UPS, GraphRecorder
 
 
 class Stream:

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from stateful_kv import ops
-from stateful_kv.config import EngineConfig, SamplingParams
-from stateful_kv.engine import Engine
+from stateful_kv.choosing.params import SamplingParams
+from stateful_kv.engine.config import EngineConfig
+from stateful_kv.engine.engine import Engine
+from stateful_kv.models.files.loading import LoadedModel, load_model
 from stateful_kv.models.llama import LlamaModel
-from stateful_kv.models.loading import LoadedModel, load_model
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import COSTS, ByteTokenizer, Recorder
 from tests.models.tiny import plain_batch, plain_cache

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stateful_kv.drafting import Drafter
-from stateful_kv.engine import Engine
-from stateful_kv.ledger import Ledger
+from stateful_kv.drafts.ngram import Drafter
+from stateful_kv.engine.engine import Engine
+from stateful_kv.session.ledger import Ledger
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import ByteTokenizer, CountingUp
 

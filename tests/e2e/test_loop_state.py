@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from stateful_kv.history import HistoryRow, HistoryStore
-from stateful_kv.loop_state import LoopShape, LoopState, MirroredInts
+from stateful_kv.engine.loop.state import LoopShape, LoopState, MirroredInts
+from stateful_kv.engine.loop.token_store import HistoryRow, HistoryStore
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ import random
 import numpy as np
 import pytest
 
-from stateful_kv.engine import Engine
+from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import OutOfPagesError
-from stateful_kv.session import Session
+from stateful_kv.session.session import Session
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import FIRST_BYTE, Provenance, oracle_token
 

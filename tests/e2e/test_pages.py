@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from stateful_kv import ops
-from stateful_kv.config import EngineConfig
-from stateful_kv.engine import Engine
+from stateful_kv.engine.config import EngineConfig
+from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import OutOfPagesError
-from stateful_kv.session import Session
+from stateful_kv.session.session import Session
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import CountingUp, Provenance, Recorder
 

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 
-from stateful_kv import ops, tracing
-from stateful_kv.engine import Engine
-from stateful_kv.errors import OutOfPagesError
-from stateful_kv.profile_events import (
+from stateful_kv import ops
+from stateful_kv.apps.profile.events import (
     CONTAINERS,
     HEAD,
     OTHER,
@@ -25,10 +23,13 @@ from stateful_kv.profile_events import (
     nest,
     read_chrome_trace,
 )
-from stateful_kv.profile_report import summarize_profile, summarize_steps, table_lines
-from stateful_kv.profiling import Profile, profile_workflow
-from stateful_kv.workflow import FORMAT as WORKFLOW_FORMAT
-from stateful_kv.workflow import ReplayOptions, parse_workflow, replay
+from stateful_kv.apps.profile.recorder import Profile, profile_workflow
+from stateful_kv.apps.profile.report import summarize_profile, summarize_steps, table_lines
+from stateful_kv.apps.workflow import FORMAT as WORKFLOW_FORMAT
+from stateful_kv.apps.workflow import ReplayOptions, parse_workflow, replay
+from stateful_kv.engine.engine import Engine
+from stateful_kv.errors import OutOfPagesError
+from stateful_kv.system import tracing
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import CountingUp
 

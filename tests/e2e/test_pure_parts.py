@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from stateful_kv import ops
-from stateful_kv.config import EngineConfig, SamplingParams
-from stateful_kv.drafting import Candidate, Drafter, GreedyTokens, verify
-from stateful_kv.ledger import Ledger
-from stateful_kv.sampling import BadLogitsError, Sampler, keyed_uniform
-from stateful_kv.stopping import StopRules, StopStringFinder
+from stateful_kv.choosing.params import SamplingParams
+from stateful_kv.choosing.sampler import Sampler, keyed_uniform
+from stateful_kv.choosing.verify import Candidate, GreedyTokens, verify
+from stateful_kv.drafts.ngram import Drafter
+from stateful_kv.engine.config import EngineConfig
+from stateful_kv.errors import BadLogitsError
+from stateful_kv.session.ledger import Ledger
+from stateful_kv.text.stopping import StopRules, StopStringFinder
 from tests.e2e.tiny import COSTS, FIRST_BYTE, ByteDecoder
 
 NO_PROMPT = np.empty(0, dtype=np.int32)

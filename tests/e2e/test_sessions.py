@@ -7,8 +7,8 @@ import gc
 import numpy as np
 import pytest
 
-from stateful_kv.config import SamplingParams
-from stateful_kv.engine import Engine
+from stateful_kv.choosing.params import SamplingParams
+from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import OutOfPagesError, SessionBusyError
 from stateful_kv.models.llama import LlamaModel
 from tests.e2e.conftest import MakeEngine

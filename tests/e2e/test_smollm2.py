@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from stateful_kv.config import EngineConfig
-from stateful_kv.engine import Engine
-from stateful_kv.models.loading import LoadedModel, load_model
-from stateful_kv.session import Session
+from stateful_kv.engine.config import EngineConfig
+from stateful_kv.engine.engine import Engine
+from stateful_kv.models.files.loading import LoadedModel, load_model
+from stateful_kv.session.session import Session
 from tests.e2e.tiny import COSTS, Recorder, rows_from_scratch
 
 SYSTEM = "You are a careful assistant. You answer with one JSON object and nothing else."

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
-from stateful_kv import tracing
+from stateful_kv.system import tracing
 from tests.e2e.conftest import MakeEngine
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from stateful_kv.cache import KVCache
-from stateful_kv.device_loop import DeviceLoop
+from stateful_kv.engine.loop.device_loop import DeviceLoop
+from stateful_kv.engine.multi_step import Visits
 from stateful_kv.errors import StatefulKVError
-from stateful_kv.stopping import StopRules
-from stateful_kv.visits import Visits
+from stateful_kv.kv.cache import KVCache
+from stateful_kv.text.stopping import StopRules
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import FIRST_BYTE, CountingUp, Scripted
 from tests.e2e.visiting import visits

@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stateful_kv.device_loop import DeviceLoop
+from stateful_kv.engine.loop.device_loop import DeviceLoop
+from stateful_kv.engine.loop.graphs import GraphRecorder
 from stateful_kv.errors import OutOfPagesError
-from stateful_kv.graphs import GraphRecorder
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import END, FIRST_BYTE, CountingUp, Provenance, Scripted
 from tests.e2e.visiting import MESSAGES, STEPS, play, visits
@@ -166,7 +166,7 @@ class TestUploads:
     def test_more_sessions_than_rows(
         self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("stateful_kv.history.HistoryStore.NUM_SLOTS", 2)
+        monkeypatch.setattr("stateful_kv.engine.loop.token_store.HistoryStore.NUM_SLOTS", 2)
         texts = []
         for steps in (1, 3):
             engine = make_engine(steps_per_visit=steps)

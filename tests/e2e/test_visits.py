@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from stateful_kv.config import EngineConfig, SamplingParams
+from stateful_kv.choosing.params import SamplingParams
+from stateful_kv.engine.config import EngineConfig
 from tests.e2e.conftest import MakeEngine, on_devices
 from tests.e2e.tiny import END, FIRST_BYTE, CountingUp, Recorder, Scripted
 from tests.e2e.visiting import MESSAGES, STEPS, kv_of, play, visits

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from stateful_kv import ops, quantize
-from stateful_kv.batch import Batch
-from stateful_kv.cache import KVCache
-from stateful_kv.config import ModelConfig
-from stateful_kv.costs import CostCurve
+from stateful_kv import ops
+from stateful_kv.drafts.costs import CostCurve
 from stateful_kv.errors import InvalidRequestError
-from stateful_kv.models.dense_linear import RowCountTable
+from stateful_kv.kv.batch import Batch
+from stateful_kv.kv.cache import KVCache
+from stateful_kv.models import packing
+from stateful_kv.models.config import ModelConfig
+from stateful_kv.models.dense import RowCountTable
 from stateful_kv.models.llama import LayerWeights, LlamaModel, LlamaWeights, Projection
-from stateful_kv.models.packed_linear import Linear
+from stateful_kv.models.packed import Linear
 from stateful_kv.models.rope import cos_sin_table, inverse_frequencies
 
 END = 0
@@ -114,8 +115,8 @@ class PackedForm:
     def gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> Projection:
         return Linear.gate_up(self._pack(gate), self._pack(up))
 
-    def _pack(self, weight: torch.Tensor) -> quantize.PackedWeight:
-        return quantize.pack_int8(*quantize.quantize_int8(weight))
+    def _pack(self, weight: torch.Tensor) -> packing.PackedWeight:
+        return packing.pack_int8(*packing.quantize_int8(weight))
 
 
 class DenseForm:

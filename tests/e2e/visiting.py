@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from stateful_kv.engine import Engine
-from stateful_kv.session import Session
-from stateful_kv.visits import Visits
+from stateful_kv.engine.engine import Engine
+from stateful_kv.engine.multi_step import Visits
+from stateful_kv.session.session import Session
 
 MESSAGES = ("list the files, please", "read a.txt and read a.txt again", "ok", "now write b.txt")
 STEPS = [2, 3, 8]

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from stateful_kv.chat_template import ChatTemplate
 from stateful_kv.errors import InvalidRequestError, ModelLoadError
+from stateful_kv.text.template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 HOSTILE = {

@@ -11,20 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stateful_kv import _native
-from stateful_kv.engine import Engine
+from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import DeviceUnavailableError, ModelLoadError
-from stateful_kv.models import dense_weights, hf_folder, loading
-from stateful_kv.models.dense_linear import DenseLinear
-from stateful_kv.models.dense_weights import (
+from stateful_kv.models.dense import DenseLinear
+from stateful_kv.models.files import dense_weights, hf_folder, loading
+from stateful_kv.models.files.dense_weights import (
     CUDA_HEAD_DIMS,
     DenseBuilder,
     check_kernels,
     check_memory,
     weight_bytes,
 )
+from stateful_kv.models.files.loading import load_model
+from stateful_kv.models.files.weights import build_weights
 from stateful_kv.models.llama import LlamaModel
-from stateful_kv.models.loading import load_model
-from stateful_kv.models.weights import build_weights
 from tests.e2e.tiny import DenseForm, tiny_config, tiny_llama
 from tests.models import tiny
 from tests.models.prompts import PROMPTS

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stateful_kv import ops
-from stateful_kv.models import dense_linear
-from stateful_kv.models.dense_linear import DenseLinear, RowCountTable
+from stateful_kv.models import dense
+from stateful_kv.models.dense import DenseLinear, RowCountTable
 from stateful_kv.models.row_counts import CANDIDATES, RowCounts, cancelling_inputs, common, probe
 
 WIDTH = 96
@@ -190,8 +190,8 @@ class TestDenseLinear:
     def test_the_library_alone_would_not_do(self) -> None:
         """Shows that the test above can fail: torch's float32 product of one row differs."""
         weight, x = torch.randn(160, WIDTH), torch.randn(64, WIDTH)
-        alone = torch.cat([dense_linear.multiply(row[None], weight, None) for row in x])
-        if bits(alone) == bits(dense_linear.multiply(x, weight, None)):
+        alone = torch.cat([dense.multiply(row[None], weight, None) for row in x])
+        if bits(alone) == bits(dense.multiply(x, weight, None)):
             pytest.skip("this library gives a row alone the bits it has among others")
         assert 1 not in RowCountTable().linear(weight).rows.allowed
 
@@ -206,8 +206,8 @@ class TestDenseLinear:
             assert x.is_contiguous()
             return original(x, *rest)
 
-        original = dense_linear.multiply
-        monkeypatch.setattr(dense_linear, "multiply", multiply)
+        original = dense.multiply
+        monkeypatch.setattr(dense, "multiply", multiply)
         layer = DenseLinear(torch.randn(32, WIDTH), None, RowCounts(64, allowed))
         for count in (0, 1, 2, 3, 65, 200):
             seen.clear()
@@ -233,9 +233,7 @@ class TestDenseLinear:
 
     def test_a_shape_is_probed_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         probes: list[int] = []
-        monkeypatch.setattr(
-            dense_linear, "probe", lambda *_: probes.append(1) or RowCounts(64, (64,))
-        )
+        monkeypatch.setattr(dense, "probe", lambda *_: probes.append(1) or RowCounts(64, (64,)))
         table = RowCountTable()
         for _ in range(2):
             table.linear(torch.randn(32, WIDTH))

@@ -11,10 +11,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from stateful_kv import quantize
 from stateful_kv.errors import ModelLoadError
-from stateful_kv.models import gguf_blocks
-from stateful_kv.models.gguf_file import GGUFFile
+from stateful_kv.models import packing
+from stateful_kv.models.files import gguf_blocks
+from stateful_kv.models.files.gguf_file import GGUFFile
 
 PACKED = {Type.Q8_0: "int8", Type.Q4_0: "int4", Type.Q4_1: "int4", Type.Q4_K: "int4"}
 KINDS = [*PACKED, Type.F32, Type.F16, Type.BF16, Type.Q6_K, Type.Q5_0]
@@ -51,7 +51,7 @@ def test_blocks_equal_the_reference(kind: Type, tmp_path: Path) -> None:
     assert (packed.format if packed else None) == PACKED.get(kind)
     if packed is not None:
         # Bit for bit: no second rounding.
-        assert torch.equal(quantize.unpack(packed), want)
+        assert torch.equal(packing.unpack(packed), want)
 
 
 def write(writer: gguf.GGUFWriter) -> None:

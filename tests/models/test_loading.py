@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stateful_kv import host_memory
-from stateful_kv.config import ModelConfig
 from stateful_kv.errors import ModelLoadError, ModelNotFoundError
-from stateful_kv.models import loading
-from stateful_kv.models.loading import load_model, resolve
-from stateful_kv.models.weights import check_config
+from stateful_kv.models.config import ModelConfig
+from stateful_kv.models.files import loading
+from stateful_kv.models.files.loading import load_model, resolve
+from stateful_kv.models.files.weights import check_config
+from stateful_kv.system import memory
 from tests.models import tiny
 from tests.models.test_small_models import save_model, write_gguf
 
@@ -65,7 +65,7 @@ def test_no_memory_for_the_weights(
     def refuse(num_bytes: int) -> torch.Tensor:
         raise error("cannot allocate memory")
 
-    monkeypatch.setattr(host_memory, "huge_page_region", refuse)
+    monkeypatch.setattr(memory, "huge_page_region", refuse)
     text = f"{re.escape(str(folder))}: its weights cannot be loaded: cannot allocate memory"
     with pytest.raises(ModelLoadError, match=text):
         load_model(folder)

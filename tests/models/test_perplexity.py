@@ -20,9 +20,9 @@ from torch import Tensor
 
 from bench import perplexity
 from bench.suites.quality import LLAMA_CPP_TOLERANCE
-from stateful_kv.cache import DTYPES, KVCache
+from stateful_kv.kv.cache import DTYPES, KVCache
+from stateful_kv.models.files.loading import LoadedModel, load_model, resolve
 from stateful_kv.models.llama import LlamaModel
-from stateful_kv.models.loading import LoadedModel, load_model, resolve
 from tests.ops.comparing import assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from stateful_kv.models.files.loading import load_model
 from stateful_kv.models.llama import LlamaModel
-from stateful_kv.models.loading import load_model
 from tests.e2e.tiny import tiny_llama
 from tests.models.tiny import PlainCache, plain_batch, plain_cache
 from tests.ops.comparing import assert_same_bits

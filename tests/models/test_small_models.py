@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from stateful_kv.errors import ModelLoadError
-from stateful_kv.models.loading import LoadedModel, load_model
+from stateful_kv.models.files.loading import LoadedModel, load_model
 from tests.models import tiny
 
 VOCAB = 416

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stateful_kv.models.loading import LoadedModel, load_model, resolve
+from stateful_kv.models.files.loading import LoadedModel, load_model, resolve
 from tests.models import tiny
 from tests.models.prompts import PROMPTS
 from tests.models.ties import TIE, Tie, check_ties

@@ -12,11 +12,11 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from stateful_kv.chat_template import ChatTemplate
 from stateful_kv.errors import InvalidRequestError, ModelLoadError
-from stateful_kv.models import gguf_tokenizer, hf_folder, loading
-from stateful_kv.models.gguf_file import GGUFFile
-from stateful_kv.tokenizer import ChatTokenizer
+from stateful_kv.models.files import gguf_tokenizer, hf_folder, loading
+from stateful_kv.models.files.gguf_file import GGUFFile
+from stateful_kv.text.template import ChatTemplate
+from stateful_kv.text.tokenizer import ChatTokenizer
 from tests.models import tiny
 
 LLAMA3 = (

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from stateful_kv.batch import Batch
-from stateful_kv.config import ModelConfig
+from stateful_kv.kv.batch import Batch
+from stateful_kv.models.config import ModelConfig
 
 CHATML = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"

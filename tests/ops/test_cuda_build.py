@@ -14,8 +14,8 @@ import torch
 
 import stateful_kv
 from stateful_kv import _native
-from stateful_kv.cache import KVCache
 from stateful_kv.errors import DeviceUnavailableError, StatefulKVError
+from stateful_kv.kv.cache import KVCache
 from tests.conftest import cuda_missing
 from tests.ops.cases import CASES
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stateful_kv import quantize
-from stateful_kv.batch import Batch
-from stateful_kv.config import ModelConfig
+from stateful_kv.kv.batch import Batch
+from stateful_kv.models import packing
+from stateful_kv.models.config import ModelConfig
 from stateful_kv.models.llama import LayerWeights, Linear, LlamaModel, LlamaWeights
 from stateful_kv.models.rope import cos_sin_table, inverse_frequencies
 from tests.ops.comparing import assert_same_bits
@@ -57,7 +57,7 @@ def make_model(weight_format: str, biases: bool = False, qk_norm: bool = False) 
     c = CONFIG
     q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
-    def weight(out_features: int, in_features: int) -> quantize.PackedWeight:
+    def weight(out_features: int, in_features: int) -> packing.PackedWeight:
         packed = random_weight(weight_format, out_features, in_features)
         scales = None if packed.scales is None else packed.scales * 0.02
         minimums = None if packed.minimums is None else packed.minimums * 0.02

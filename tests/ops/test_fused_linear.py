@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stateful_kv import ops, quantize
-from stateful_kv.host_memory import HUGE_PAGE_BYTES, HugePageArena
+from stateful_kv import ops
+from stateful_kv.models import packing
 from stateful_kv.models.llama import Linear
+from stateful_kv.system.memory import HUGE_PAGE_BYTES, HugePageArena
 from tests.ops.comparing import assert_same_bits
 from tests.ops.test_quantized_linear import FORMATS, random_weight, run
 
@@ -18,7 +19,7 @@ ROWS = [1, 2, 3, 6, 7, 8, 12, 13, 33, 270]
 EPS = 1e-5
 
 
-def parts_of(packed: quantize.PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def parts_of(packed: packing.PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return packed.weight, packed.scales, packed.minimums
 
 
@@ -100,7 +101,7 @@ def test_residual_with_activation_is_refused() -> None:
 
 def test_weights_that_do_not_alternate() -> None:
     with pytest.raises(ValueError, match=r"interleave: .* int8\[32, 64\] and int8\[16, 64\]"):
-        quantize.PackedWeight.interleave(
+        packing.PackedWeight.interleave(
             random_weight("int8", 32, 64), random_weight("int8", 16, 64)
         )
 

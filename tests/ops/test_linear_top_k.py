@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stateful_kv import ops, quantize
+from stateful_kv import ops
+from stateful_kv.models import packing
 from tests.ops.comparing import assert_same_bits
 from tests.ops.test_quantized_linear import FORMATS, random_weight, unpack
 from tests.reference import linear
@@ -19,7 +20,7 @@ SetThreads = Callable[[int], None]
 Result = tuple[Tensor, Tensor]
 
 
-def packed_parts(packed: quantize.PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def packed_parts(packed: packing.PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weight, scales and minimums, in the order of the op."""
     return packed.weight, packed.scales, packed.minimums
 
@@ -41,11 +42,11 @@ def outputs_as_planned(planned: Tensor, k: int) -> Result:
     """The op on a layer whose outputs are given: float32[N, out], row n of a unit matrix each."""
     rows, out_features = planned.shape
     if rows == 1:  # through the bias: what is not finite would spoil its whole column of a sum
-        packed = quantize.pack_fp32(torch.zeros(out_features, 1))
+        packed = packing.pack_fp32(torch.zeros(out_features, 1))
         return ops.linear_top_k(
             torch.zeros(1, 1), *packed_parts(packed), planned[0].clone(), out_features, k
         )
-    packed = quantize.pack_fp32(planned.T.contiguous())
+    packed = packing.pack_fp32(planned.T.contiguous())
     return ops.linear_top_k(torch.eye(rows), *packed_parts(packed), None, out_features, k)
 
 
@@ -173,7 +174,7 @@ def test_no_rows_and_no_input_features() -> None:
 
 def test_columns_behind_the_last_are_never_chosen() -> None:
     """A cut panel is stored whole; what lies behind its last column must not count."""
-    packed = quantize.pack_fp32(-torch.rand(19, 8) - 0.1)
+    packed = packing.pack_fp32(-torch.rand(19, 8) - 0.1)
     packed.weight.view(-1, 8, 16)[1, :, 3:] = 100.0
     ids, values = ops.linear_top_k(torch.ones(3, 8), *packed_parts(packed), None, 19, 19)
     assert ids.max() < 19

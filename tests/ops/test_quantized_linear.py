@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stateful_kv import _C, ops, quantize
+from stateful_kv import _C, ops
+from stateful_kv.models import packing
 from tests.ops.comparing import assert_close_to_reference, assert_same_bits, same_bits
 from tests.reference import linear
 
@@ -21,27 +22,27 @@ SHAPES = [(1, 32), (16, 64), pytest.param(17, 96, marks=pytest.mark.isa), (100, 
 ROWS = [*range(1, 34), 64, 100, 300]
 
 
-def random_weight(weight_format: str, out_features: int, in_features: int) -> quantize.PackedWeight:
+def random_weight(weight_format: str, out_features: int, in_features: int) -> packing.PackedWeight:
     """A packed weight of random levels and scales."""
     if weight_format == "fp32":
-        return quantize.pack_fp32(torch.randn(out_features, in_features))
+        return packing.pack_fp32(torch.randn(out_features, in_features))
     groups = (out_features, in_features // 32)
     scales = torch.randn(groups) * 0.1
     if weight_format == "int8":
         levels = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8)
-        return quantize.pack_int8(levels, scales)
+        return packing.pack_int8(levels, scales)
     levels = torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8)
-    return quantize.pack_int4(levels, scales, torch.randn(groups))
+    return packing.pack_int4(levels, scales, torch.randn(groups))
 
 
-def run(x: Tensor, packed: quantize.PackedWeight, bias: Tensor | None = None) -> Tensor:
+def run(x: Tensor, packed: packing.PackedWeight, bias: Tensor | None = None) -> Tensor:
     """The op on a packed weight that follows the rows to their device."""
     parts = [packed.weight, packed.scales, packed.minimums]
     parts = [None if part is None else part.to(x.device) for part in parts]
     return ops.quantized_linear(x, *parts, bias, packed.out_features)
 
 
-def unpack(packed: quantize.PackedWeight, fused: bool = FUSED) -> np.ndarray:
+def unpack(packed: packing.PackedWeight, fused: bool = FUSED) -> np.ndarray:
     """float32[out, K] by the reference's own reading of the layout."""
     parts = [packed.weight, packed.scales, packed.minimums]
     arrays = [None if part is None else part.numpy() for part in parts]
@@ -106,7 +107,7 @@ def test_residual_is_added_last(device: torch.device, weight_format: str, rows: 
 def test_columns_depend_on_their_own_panel_only(device: torch.device, weight_format: str) -> None:
     parts = [random_weight(weight_format, size, 64) for size in (32, 16, 21)]
     x = torch.randn(5, 64, device=device)
-    fused = run(x, quantize.PackedWeight.concat(parts))
+    fused = run(x, packing.PackedWeight.concat(parts))
     assert_same_bits(fused, torch.cat([run(x, part) for part in parts], dim=1))
 
 
@@ -158,10 +159,10 @@ def test_packing_equals_the_layout_of_the_reference(out_features: int) -> None:
     int8 = torch.randint(-128, 128, (out_features, 64), dtype=torch.int8)
     int4 = torch.randint(0, 16, (out_features, 64), dtype=torch.uint8)
     pairs = [
-        (quantize.pack_fp32(weight), [linear.pack_fp32(weight.numpy())]),
-        (quantize.pack_int8(int8, scales), linear.pack_int8(int8.numpy(), scales.numpy())),
+        (packing.pack_fp32(weight), [linear.pack_fp32(weight.numpy())]),
+        (packing.pack_int8(int8, scales), linear.pack_int8(int8.numpy(), scales.numpy())),
         (
-            quantize.pack_int4(int4, scales, minimums),
+            packing.pack_int4(int4, scales, minimums),
             linear.pack_int4(int4.numpy(), scales.numpy(), minimums.numpy()),
         ),
     ]
@@ -170,7 +171,7 @@ def test_packing_equals_the_layout_of_the_reference(out_features: int) -> None:
         for part, array in zip([p for p in parts if p is not None], expected, strict=True):
             assert part.dtype == torch.from_numpy(array).dtype
             np.testing.assert_array_equal(part.numpy(), array)
-        np.testing.assert_array_equal(quantize.unpack(packed).numpy(), unpack(packed, True))
+        np.testing.assert_array_equal(packing.unpack(packed).numpy(), unpack(packed, True))
 
 
 def test_planted_bug_another_order_is_caught() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stateful_kv import ops
-from stateful_kv.sampling import keyed_uniform
+from stateful_kv.choosing.sampler import keyed_uniform
 from tests.ops.comparing import assert_same_bits
 from tests.ops.conftest import EMULATED_CUDA
 from tests.reference import sampling as reference

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from stateful_kv import ops
-from stateful_kv.batch import Batch
-from stateful_kv.config import ModelConfig
-from stateful_kv.models.dense_linear import DenseLinear
-from stateful_kv.models.packed_linear import Linear
+from stateful_kv.kv.batch import Batch
+from stateful_kv.models.config import ModelConfig
+from stateful_kv.models.dense import DenseLinear
+from stateful_kv.models.packed import Linear
 from stateful_kv.models.row_counts import RowCounts, common
 
 Projection = Linear | DenseLinear

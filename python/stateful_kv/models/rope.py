@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stateful_kv.config import RopeScaling
+from stateful_kv.models.config import RopeScaling
 
 
 def inverse_frequencies(

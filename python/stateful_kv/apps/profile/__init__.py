@@ -1,0 +1,1 @@
+"""Profiles of what a turn spends its time on."""

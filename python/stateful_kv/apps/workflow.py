@@ -1,0 +1,340 @@
+"""Workflow files: load and validate them, and replay them turn by turn on an engine.
+
+A workflow file (format ``stateful-kv-workflow/1``, see ``data/README.md``) holds independent
+workflows, each with agents (name and system prompt) and turns (agent and message). A replay opens
+one session an agent, appends each message to the session of its agent and generates a reply, which
+stays in the history as generated.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stateful_kv.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from stateful_kv.engine.engine import Engine
+    from stateful_kv.session.session import Session
+
+FORMAT = "stateful-kv-workflow/1"
+
+
+class WorkflowError(InvalidRequestError):
+    """A workflow file is missing, unreadable or not in the expected format."""
+
+
+@dataclass(frozen=True)
+class Agent:
+    """One agent of a workflow: its name and system prompt (may be empty)."""
+
+    name: str
+    system: str
+
+
+@dataclass(frozen=True)
+class WorkflowTurn:
+    """One message to one agent."""
+
+    agent: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """Agents that work beside each other, and their turns in order."""
+
+    agents: tuple[Agent, ...]
+    turns: tuple[WorkflowTurn, ...]
+
+
+@dataclass(frozen=True)
+class WorkflowFile:
+    """A validated workflow file; ``source`` names origin and licence."""
+
+    name: str
+    source: str
+    workflows: tuple[Workflow, ...]
+
+    @property
+    def num_turns(self) -> int:
+        """Number of turns of all workflows of the file."""
+        return sum(len(workflow.turns) for workflow in self.workflows)
+
+
+@dataclass(frozen=True)
+class TurnRow:
+    """What one turn did; one row of the JSON output.
+
+    ``workflow`` and ``turn`` count from 0 (``turn`` within its workflow, over all agents).
+    ``prompt_tokens`` is the whole context before the reply; ``reused_tokens`` of it came from the
+    cache and ``computed_tokens`` went through the model. ``ttft_s`` runs from the call of the turn
+    to its first token, ``total_s`` to its last.
+    """
+
+    workflow: int
+    agent: str
+    turn: int
+    prompt_tokens: int
+    reused_tokens: int
+    computed_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
+    output_tokens: int
+    ttft_s: float
+    total_s: float
+    text: str
+    token_ids: list[int]
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as plain JSON data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """How to replay: reply length, and whether state and drafts are used."""
+
+    max_tokens: int = 48
+    ignore_eos: bool = False
+    stateless: bool = False
+    draft: bool = True
+
+
+def shipped_workflows() -> list[str]:
+    """Names of the workflow files that come with the package."""
+    folder = resources.files("stateful_kv") / "data"
+    return sorted(f.name[: -len(".json")] for f in folder.iterdir() if f.name.endswith(".json"))
+
+
+def load_workflow(name_or_path: str) -> WorkflowFile:
+    """Read and validate a workflow file, by path or by the name of a shipped one.
+
+    Raises:
+        WorkflowError: missing or unreadable file, bad JSON, or a broken rule of the format; the
+            message is one line and names the file and the place in it.
+    """
+    path = Path(name_or_path)
+    if path.exists():
+        label = name_or_path
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise WorkflowError(f"{label}: cannot be read: {reason}") from error
+    elif name_or_path in shipped_workflows():
+        label = f"{name_or_path}.json"
+        text = (resources.files("stateful_kv") / "data" / label).read_text(encoding="utf-8")
+    else:
+        names = ", ".join(shipped_workflows())
+        raise WorkflowError(f"{name_or_path}: no such workflow file (shipped ones: {names})")
+    try:
+        return parse_workflow(json.loads(text))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        raise WorkflowError(f"{label}: not valid JSON: {error.msg} ({place})") from error
+    except RecursionError as error:
+        raise WorkflowError(f"{label}: not valid JSON: nested too deeply") from error
+    except WorkflowError as error:
+        raise WorkflowError(f"{label}: {error}") from error
+
+
+def parse_workflow(data: object) -> WorkflowFile:
+    """Validate the decoded JSON of a workflow file; raises WorkflowError naming the place."""
+    top = _object(data, "top level")
+    if top.get("format") != FORMAT:
+        raise WorkflowError(f"format: expected {FORMAT!r}, got {top.get('format')!r}")
+    workflows = tuple(
+        _parse_one(item, f"workflows[{i}]") for i, item in enumerate(_items(top, "workflows", ""))
+    )
+    return WorkflowFile(
+        name=_text(top, "name", ""),
+        source=_text(top, "source", "", default=""),
+        workflows=workflows,
+    )
+
+
+def _parse_one(data: object, where: str) -> Workflow:
+    item = _object(data, where)
+    agents: dict[str, Agent] = {}
+    for i, raw in enumerate(_items(item, "agents", where)):
+        place = f"{where}.agents[{i}]"
+        entry = _object(raw, place)
+        name = _text(entry, "name", place)
+        if name in agents:
+            raise WorkflowError(f"{place}.name: duplicate agent {name!r}")
+        agents[name] = Agent(name, _text(entry, "system", place, default=""))
+    turns = []
+    for i, raw in enumerate(_items(item, "turns", where)):
+        place = f"{where}.turns[{i}]"
+        entry = _object(raw, place)
+        agent = _text(entry, "agent", place)
+        if agent not in agents:
+            known = ", ".join(agents)
+            raise WorkflowError(f"{place}.agent: unknown agent {agent!r} (agents: {known})")
+        turns.append(WorkflowTurn(agent, _text(entry, "message", place)))
+    return Workflow(tuple(agents.values()), tuple(turns))
+
+
+def _object(data: object, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise WorkflowError(f"{where}: expected an object, got {type(data).__name__}")
+    return data
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _items(data: dict[str, Any], key: str, where: str) -> list[object]:
+    value = data.get(key)
+    if not isinstance(value, list) or not value:
+        got = "nothing" if value is None else "an empty list" if value == [] else repr(type(value))
+        raise WorkflowError(f"{_join(where, key)}: expected a non-empty list, got {got}")
+    return value
+
+
+def _text(data: dict[str, Any], key: str, where: str, default: str | None = None) -> str:
+    value = data.get(key, default)
+    if not isinstance(value, str):
+        got = "nothing" if value is None else type(value).__name__
+        raise WorkflowError(f"{_join(where, key)}: expected a string, got {got}")
+    if default is None and not value.strip():
+        raise WorkflowError(f"{_join(where, key)}: must not be empty")
+    return value
+
+
+class Player:
+    """Plays the workflows of one file on one engine, one turn at a time.
+
+    Benches step several players side by side, so that both sides of a pair see the same machine.
+    """
+
+    def __init__(self, engine: Engine, options: ReplayOptions) -> None:
+        """Use ``engine`` for all sessions; nothing is opened yet."""
+        self._engine = engine
+        self._options = options
+
+    def play(self, file: WorkflowFile) -> Generator[TurnRow, None, None]:
+        """Yield one row a turn; the sessions of a workflow are closed when it ends."""
+        for index, workflow in enumerate(file.workflows):
+            sessions: dict[str, Session] = {}
+            try:
+                for agent in workflow.agents:
+                    sessions[agent.name] = self._engine.session(
+                        agent.name, system=agent.system or None, draft=self._options.draft
+                    )
+                for number, turn in enumerate(workflow.turns):
+                    if self._options.stateless:
+                        self._forget(sessions.values())
+                    yield self._turn(index, number, turn, sessions[turn.agent])
+            finally:
+                for session in sessions.values():
+                    session.close()
+
+    def _turn(self, workflow: int, number: int, turn: WorkflowTurn, session: Session) -> TurnRow:
+        options = self._options
+        start = time.perf_counter()
+        reply = session.turn(
+            turn.message, max_tokens=options.max_tokens, ignore_eos=options.ignore_eos
+        )
+        total_s = time.perf_counter() - start
+        receipt = reply.receipt
+        return TurnRow(
+            workflow=workflow,
+            agent=turn.agent,
+            turn=number,
+            prompt_tokens=receipt.prompt_tokens,
+            reused_tokens=receipt.reused_tokens,
+            computed_tokens=receipt.computed_tokens,
+            drafted_tokens=receipt.drafted_tokens,
+            accepted_tokens=receipt.accepted_tokens,
+            output_tokens=receipt.output_tokens,
+            ttft_s=receipt.ttft_s,
+            total_s=total_s,
+            text=reply.text,
+            token_ids=[int(token) for token in reply.token_ids],
+        )
+
+    def _forget(self, sessions: Iterable[Session]) -> None:
+        # Before the turn and outside its time: the baseline pays for recomputing, not for the drop.
+        for session in sessions:
+            session.suspend()
+        self._engine.clear_cache()
+
+
+def replay(
+    engine: Engine,
+    file: WorkflowFile,
+    options: ReplayOptions,
+    on_turn: Callable[[TurnRow], None] | None = None,
+) -> list[TurnRow]:
+    """Replay a whole file and return its rows; ``on_turn`` sees each row as it is made."""
+    rows = []
+    # Closed here also when `on_turn` raises: the sessions must not outlive their engine.
+    with closing(Player(engine, options).play(file)) as turns:
+        for row in turns:
+            rows.append(row)
+            if on_turn is not None:
+                on_turn(row)
+    return rows
+
+
+def later_turns(rows: Iterable[TurnRow]) -> list[TurnRow]:
+    """The rows that are not the first turn of their agent: those that have a history."""
+    seen: set[tuple[int, str]] = set()
+    later = []
+    for row in rows:
+        key = (row.workflow, row.agent)
+        if key in seen:
+            later.append(row)
+        seen.add(key)
+    return later
+
+
+def delta_excess(rows: Iterable[TurnRow]) -> list[int]:
+    """For each later turn, computed tokens beyond its delta.
+
+    The delta is what this turn added: its prompt less the context at the end of the agent's turn
+    before. A stateful run computes it and at most one token more, the last one of the reply before.
+    """
+    context: dict[tuple[int, str], int] = defaultdict(int)
+    excess = []
+    for row in rows:
+        key = (row.workflow, row.agent)
+        if key in context:
+            excess.append(row.computed_tokens - (row.prompt_tokens - context[key]))
+        context[key] = row.prompt_tokens + row.output_tokens
+    return excess
+
+
+def summarize(rows: list[TurnRow]) -> dict[str, Any]:
+    """Totals and medians of a run, as plain JSON data; medians are null without later turns."""
+    later = later_turns(rows)
+    return {
+        "num_turns": len(rows),
+        "num_later_turns": len(later),
+        "median_later_turn_s": statistics.median(r.total_s for r in later) if later else None,
+        "median_later_ttft_s": statistics.median(r.ttft_s for r in later) if later else None,
+        "total_s": sum(r.total_s for r in rows),
+        "prompt_tokens": sum(r.prompt_tokens for r in rows),
+        "reused_tokens": sum(r.reused_tokens for r in rows),
+        "computed_tokens": sum(r.computed_tokens for r in rows),
+        "drafted_tokens": sum(r.drafted_tokens for r in rows),
+        "accepted_tokens": sum(r.accepted_tokens for r in rows),
+        "output_tokens": sum(r.output_tokens for r in rows),
+    }
+
+
+def shorten(text: str, width: int) -> str:
+    """One line of at most ``width`` characters, for tables."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1].rstrip() + "…"

@@ -1,0 +1,1 @@
+"""What to propose, and whether it pays."""

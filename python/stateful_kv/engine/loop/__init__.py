@@ -1,0 +1,1 @@
+"""Several steps on a device without the host."""

@@ -1,0 +1,1 @@
+"""Keys and values: pools, pages, sequences, the prefix tree."""

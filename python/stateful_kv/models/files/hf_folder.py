@@ -1,0 +1,322 @@
+"""A model in a Hugging Face folder: config.json, safetensors shards, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from stateful_kv.errors import ModelLoadError
+from stateful_kv.models.config import ModelConfig, RopeScaling
+from stateful_kv.models.files.weights import pack_float, require_finite, require_shape
+from stateful_kv.models.packing import PackedWeight
+from stateful_kv.text.template import ChatTemplate
+from stateful_kv.text.tokenizer import ChatTokenizer
+
+_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+_MAX_JSON_BYTES = 1 << 28
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NAMES = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Builds the config from config.json.
+
+    Raises:
+        ModelLoadError: a missing or impossible value, or a model that is not supported.
+    """
+    path = folder / "config.json"
+    raw = _read_object(path)
+    kind = raw.get("model_type")
+    if kind not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise ModelLoadError(f"{path}: model_type {kind!r} is not supported ({known} are)")
+    if raw.get("quantization_config") is not None:
+        raise ModelLoadError(f"{path}: quantization_config is not supported; use GGUF")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ModelLoadError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported")
+    fields = _Fields(raw, path)
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    theta, scaling = _rope(fields)
+    try:
+        return ModelConfig(
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=fields.integer("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=fields.integer("num_key_value_heads", heads),
+            head_dim=fields.integer("head_dim", hidden // heads if heads > 0 else 0),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position=fields.integer("max_position_embeddings", 2048),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=kind == "qwen2" or bool(raw.get("attention_bias", False)),
+            qk_norm=kind == "qwen3",
+            sliding_window=_sliding_window(fields, kind),
+            architecture=kind,
+        )
+    except ValueError as error:
+        raise ModelLoadError(f"{path}: {error}") from error
+
+
+def read_tokenizer(folder: Path) -> ChatTokenizer:
+    """Builds the tokenizer and chat template from the folder's files.
+
+    Raises:
+        ModelLoadError: a file is missing, cut or not supported.
+    """
+    path = folder / "tokenizer.json"
+    text = _read_text(path)
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:
+        # `tokenizers` raises plain Exception for text it refuses.
+        raise ModelLoadError(f"{path}: {error}") from error
+    settings = _read_object(folder / "tokenizer_config.json", missing_ok=True)
+    source = _template_source(folder, settings)
+    template = None
+    if source is not None:
+        bos, eos = (_token_text(settings.get(key)) for key in ("bos_token", "eos_token"))
+        template = ChatTemplate(source, bos, eos)
+    ends = _end_ids(folder)
+    eos_id = tokenizer.token_to_id(_token_text(settings.get("eos_token")))
+    return ChatTokenizer(tokenizer, template, ends if eos_id is None else ends | {eos_id})
+
+
+class HFSource:
+    """Tensors of a folder's safetensors files under our names (see `WeightSource`)."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens every shard; the headers are checked by `safetensors`.
+
+        Raises:
+            ModelLoadError: no weights, a shard that is missing or cut, or a name outside.
+        """
+        self._folder = folder
+        self._shard_of: dict[str, Any] = {}
+        self.files = _shard_files(folder)
+        for path in self.files:
+            try:
+                shard = safe_open(path, framework="pt")
+                names = _tensor_names(shard)
+            except (SafetensorError, OSError, ValueError) as error:
+                raise ModelLoadError(f"{path}: {error}") from error
+            for name in names:
+                if name in self._shard_of:
+                    raise ModelLoadError(f"{path}: tensor {name!r} is in two shards")
+                self._shard_of[name] = shard
+
+    def has(self, name: str) -> bool:
+        """True if a shard holds this tensor."""
+        return _file_name(name) in self._shard_of
+
+    def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Returns it as float32."""
+        file_name = _file_name(name)
+        where = str(self._folder)
+        shard = self._shard_of.get(file_name)
+        if shard is None:
+            raise ModelLoadError(f"{where}: tensor {file_name!r} is missing")
+        try:
+            require_shape(file_name, where, tuple(shard.get_slice(file_name).get_shape()), shape)
+            tensor: Tensor = shard.get_tensor(file_name)
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise ModelLoadError(f"{where}: tensor {file_name!r}: {error}") from error
+        if tensor.dtype not in _FLOAT_DTYPES:
+            raise ModelLoadError(
+                f"{where}: tensor {file_name!r}: expected float32, float16 or bfloat16, "
+                f"got {tensor.dtype}"
+            )
+        # A copy: float32 tensors would otherwise stay views of the mapped file.
+        values = tensor.to(torch.float32, copy=True)
+        require_finite(file_name, where, values)
+        return values
+
+    def packed(self, name: str, shape: tuple[int, int], weight_format: str) -> PackedWeight:
+        """Returns it packed."""
+        return pack_float(self.dense(name, shape), weight_format)
+
+
+class _Fields:
+    """Typed access to config.json."""
+
+    def __init__(self, raw: dict[str, Any], path: Path) -> None:
+        self.raw = raw
+        self.path = path
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ModelLoadError(f"{self.path}: {key}: expected an integer, got {value!r}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        return _number(self.raw, key, default, self.path)
+
+
+def _number(raw: dict[str, Any], key: str, default: float | None, path: Path) -> float:
+    value = raw.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ModelLoadError(f"{path}: {key}: expected a number, got {value!r}")
+    return float(value)
+
+
+def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from the old (rope_theta, rope_scaling) or new (rope_parameters) keys."""
+    path = fields.path
+    rules = fields.raw.get("rope_parameters") or fields.raw.get("rope_scaling") or {}
+    if not isinstance(rules, dict):
+        raise ModelLoadError(f"{path}: rope_scaling: expected an object, got {rules!r}")
+    theta = _number(rules, "rope_theta", fields.number("rope_theta", 10000.0), path)
+    if rules.get("partial_rotary_factor", fields.raw.get("partial_rotary_factor")) not in (None, 1):
+        raise ModelLoadError(f"{path}: partial_rotary_factor is not supported")
+    kind = rules.get("rope_type", rules.get("type", "default"))
+    try:
+        if kind == "default":
+            return theta, None
+        if kind == "linear":
+            return theta, RopeScaling("linear", _number(rules, "factor", None, path))
+        if kind == "llama3":
+            original = rules.get("original_max_position_embeddings")
+            return theta, RopeScaling(
+                "llama3",
+                _number(rules, "factor", None, path),
+                _number(rules, "low_freq_factor", None, path),
+                _number(rules, "high_freq_factor", None, path),
+                original if original is not None else fields.integer("max_position_embeddings"),
+            )
+    except ValueError as error:
+        raise ModelLoadError(f"{path}: rope_scaling: {error}") from error
+    raise ModelLoadError(f"{path}: rope type {kind!r} is not supported (default, linear, llama3)")
+
+
+def _sliding_window(fields: _Fields, kind: str) -> int | None:
+    """The window if all layers have it; a mix of layers is refused."""
+    if kind in ("qwen2", "qwen3") and not fields.raw.get("use_sliding_window", False):
+        return None
+    window = fields.integer("sliding_window", 0)
+    types = fields.raw.get("layer_types") or []
+    if kind in ("qwen2", "qwen3") and not types and fields.integer("max_window_layers", 0) > 0:
+        types = ["full_attention", "sliding_attention"]
+    if window and len(set(types)) > 1:
+        raise ModelLoadError(f"{fields.path}: layers with different windows are not supported")
+    return window if window and set(types) != {"full_attention"} else None
+
+
+def _template_source(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Template text: a file of its own, or the (default) entry of tokenizer_config.json."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return _read_text(path)
+    source = settings.get("chat_template")
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source}
+        source = named.get("default")
+    if source is not None and not isinstance(source, str):
+        raise ModelLoadError(f"{folder}: chat_template: expected text")
+    return source
+
+
+def _end_ids(folder: Path) -> set[int]:
+    """End-of-reply ids of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        value = _read_object(folder / name, missing_ok=True).get("eos_token_id")
+        values: Iterable[Any] = value if isinstance(value, list) else [value]
+        ids = {i for i in values if isinstance(i, int) and not isinstance(i, bool) and i >= 0}
+        if ids:
+            return ids
+    return set()
+
+
+def _token_text(value: Any) -> str:
+    """A special token is text, or an object with its text as content."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else ""
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    """Safetensors files of the folder, all of them plain names inside it."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [_regular(single)]
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadError(f"{index}: weight_map is missing")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise ModelLoadError(f"{index}: {name!r} is not a file name of this folder")
+    return [_regular(folder / name) for name in sorted(set(weight_map.values()))]
+
+
+def _tensor_names(shard: Any) -> list[str]:
+    """Names of the tensors in a shard."""
+    return list(shard.keys())
+
+
+def _regular(path: Path) -> Path:
+    """The path itself; ModelLoadError unless a regular file is there."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path}: cannot be read: {error}") from error
+    if not stat.S_ISREG(mode):
+        raise ModelLoadError(f"{path}: not a regular file")
+    return path
+
+
+def _read_text(path: Path) -> str:
+    if _regular(path).stat().st_size > _MAX_JSON_BYTES:
+        raise ModelLoadError(f"{path}: larger than {_MAX_JSON_BYTES} bytes")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_object(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+    """Reads a JSON object."""
+    if missing_ok and not path.exists():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ModelLoadError(f"{path}: bad JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path}: expected a JSON object")
+    return value
+
+
+def _file_name(name: str) -> str:
+    """Our name -> the one in the file."""
+    prefix, _, last = name.removesuffix(".bias").rpartition(".")
+    suffix = "bias" if name.endswith(".bias") else "weight"
+    middle = f"model.{prefix}." if prefix else ""
+    # "rope_factors" exists in GGUF files only; here it names nothing.
+    return f"{middle}{_NAMES.get(last, last)}.{suffix}"

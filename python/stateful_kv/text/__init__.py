@@ -1,0 +1,1 @@
+"""From messages to tokens and back: templates, tokenizers, stop rules."""
