@@ -103,3 +103,16 @@ class BuildMismatchError(StatefulKVError, ImportError):
 
 class InvariantError(StatefulKVError):
     """The library broke one of its own rules: a bug to report, never a fault of the caller."""
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """The error without tracebacks, its causes too: frames keep alive all that they worked with."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        current = left.pop()
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            current.__traceback__ = None
+            left += [current.__cause__, current.__context__]
+    return error

@@ -1,11 +1,15 @@
-"""Verifies drafts: chooses the next tokens of every row, and keeps the agreeing start of drafts."""
+"""Verifies drafts: chooses the next tokens of every sequence, and keeps the agreeing start of each.
+
+A draft token is kept only if it equals the token that its row chooses, so drafts never change a
+reply.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,46 +18,46 @@ from stateful_kv import ops
 from stateful_kv.choosing.sampler import Sampler, sample_rows
 from stateful_kv.errors import BadLogitsError
 from stateful_kv.system.device import to_host
+from stateful_kv.types import TokenArray
 
 
-def verify_greedy(drafts: Sequence[Sequence[int]], target_ids: torch.Tensor) -> list[list[int]]:
-    """Accepts the agreeing start of each draft and adds the target's own next token.
+class Candidate(Protocol):
+    """A sequence whose next tokens are to be chosen."""
 
-    Args:
-        drafts: the proposed tokens of each sequence; may be empty.
-        target_ids: int64[sum(len(draft) + 1)], the greedy token of every row, rows of a sequence
-            in order: after its pending token, then after each draft token.
+    @property
+    def sampler(self) -> Sampler:
+        """How it chooses."""
+        ...
 
-    Returns:
-        For each sequence the accepted tokens and one bonus token.
+    @property
+    def draft_ids(self) -> TokenArray:
+        """int32[K], what was proposed for it."""
+        ...
+
+    @property
+    def next_position(self) -> int:
+        """Where in the sequence its next token goes."""
+        ...
+
+
+class Outcome(NamedTuple):
+    """What one step gave one sequence.
+
+    Attributes:
+        tokens: those chosen: the agreeing start of the draft and one more; empty where none was
+            asked for, or none can be chosen.
+        num_drafted: tokens that were proposed.
+        num_accepted: how many of them agreed.
+        error: why there are no more tokens, if something is wrong.
     """
-    if not any(drafts):
-        return [[token] for token in target_ids.tolist()]
-    offsets = np.zeros(len(drafts) + 1, dtype=np.int32)
-    np.cumsum([len(draft) for draft in drafts], out=offsets[1:])
-    draft_ids = torch.tensor([token for draft in drafts for token in draft], dtype=torch.int64)
-    num_accepted, bonus_ids = ops.verify_draft(draft_ids, target_ids, torch.from_numpy(offsets))
-    return [
-        [*draft[:accepted], bonus]
-        for draft, accepted, bonus in zip(
-            drafts, num_accepted.tolist(), bonus_ids.tolist(), strict=True
-        )
-    ]
-
-
-class Candidate(NamedTuple):
-    """One sequence of a verify: how it samples, what was proposed, where its next token goes."""
-
-    sampler: Sampler
-    draft: list[int]
-    position: int
-
-
-class Choice(NamedTuple):
-    """Tokens to add to a sequence, and the error that cut them short, if any."""
 
     tokens: list[int]
-    error: Exception | None
+    num_drafted: int = 0
+    num_accepted: int = 0
+    error: Exception | None = None
+
+
+NOTHING_CHOSEN = Outcome([])
 
 
 class GreedyTokens(NamedTuple):
@@ -69,10 +73,10 @@ class GreedyTokens(NamedTuple):
 
 
 # Chooses for candidates of one kind; takes the rows of all of them as one tensor or several.
-Chooser = Callable[..., list[Choice]]
+_Chooser = Callable[..., list[Outcome]]
 
 
-def verify(candidates: Sequence[Candidate], output: torch.Tensor | GreedyTokens) -> list[Choice]:
+def verify(candidates: Sequence[Candidate], output: torch.Tensor | GreedyTokens) -> list[Outcome]:
     """Chooses the next tokens of several sequences.
 
     Neighbours that are chosen for in the same way share one op: plain greedy ones an argmax, plain
@@ -80,97 +84,125 @@ def verify(candidates: Sequence[Candidate], output: torch.Tensor | GreedyTokens)
 
     Args:
         candidates: the sequences.
-        output: float32[sum(len(draft) + 1), V], rows of a sequence in order: after its pending
-            token, then after each draft token; or the greedy tokens of these rows, if all
-            sequences are plain greedy. Logits may lie on any device, and leave it only for
-            candidates with penalties.
+        output: float32[sum(K + 1), V], rows of a sequence in order: after its pending token, then
+            after each draft token; or the greedy tokens of these rows, if all sequences are plain
+            greedy. Logits may lie on any device, and leave it only for candidates with penalties.
 
     Returns:
-        For each sequence the agreeing start of its draft and one more token, or the error that
-        kept it from having them.
+        For each sequence what was chosen, or the error that kept it from being chosen.
     """
-    groups: list[tuple[Chooser, list[Candidate]]]
+    groups: list[tuple[_Chooser, list[Candidate]]]
     if isinstance(output, GreedyTokens):
         tensors: Sequence[torch.Tensor] = output
         groups = [(_verify_tokens, list(candidates))]
     else:
         tensors = (output,)
         groups = [(chooser, list(group)) for chooser, group in groupby(candidates, _chooser)]
+    if len(groups) == 1:
+        # Most steps. A wrong number of rows is noticed by whoever chooses.
+        (group,) = groups
+        return _choose(*group, tensors)
     sizes = [sum(_num_rows(group)) for _, group in groups]
     parts = zip(*(torch.split(tensor, sizes) for tensor in tensors), strict=True)
     return [
-        choice
+        outcome
         for (chooser, group), rows in zip(groups, parts, strict=True)
-        for choice in _choose(chooser, group, rows)
+        for outcome in _choose(chooser, group, rows)
     ]
 
 
 def _num_rows(candidates: Sequence[Candidate]) -> list[int]:
-    return [len(candidate.draft) + 1 for candidate in candidates]
+    return [len(candidate.draft_ids) + 1 for candidate in candidates]
 
 
-def _chooser(candidate: Candidate) -> Chooser:
+def _chooser(candidate: Candidate) -> _Chooser:
     if candidate.sampler.is_plain_greedy:
         return _verify_greedy_rows
     return _verify_draws if candidate.sampler.is_plain_sampled else _verify_runs
 
 
 def _choose(
-    chooser: Chooser, candidates: Sequence[Candidate], rows: Sequence[torch.Tensor]
-) -> list[Choice]:
+    chooser: _Chooser, candidates: Sequence[Candidate], rows: Sequence[torch.Tensor]
+) -> list[Outcome]:
     """All candidates at once; if that fails, one by one, to find whose fault it is."""
     try:
         return chooser(candidates, *rows)
     except Exception as error:
         if len(candidates) == 1:
-            return [Choice([], error)]
+            return [Outcome([], len(candidates[0].draft_ids), error=error)]
     parts = zip(*(torch.split(tensor, _num_rows(candidates)) for tensor in rows), strict=True)
     return [
-        choice
+        outcome
         for candidate, part in zip(candidates, parts, strict=True)
-        for choice in _choose(chooser, [candidate], part)
+        for outcome in _choose(chooser, [candidate], part)
     ]
 
 
-def _verify_greedy_rows(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
+def _verify_greedy_rows(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Outcome]:
     return _verify_tokens(candidates, *ops.argmax(logits))
 
 
-def _verify_draws(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
-    owners = [
-        (one.sampler, range(one.position, one.position + len(one.draft) + 1)) for one in candidates
-    ]
+def _verify_draws(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Outcome]:
+    owners = []
+    for candidate, num in zip(candidates, _num_rows(candidates), strict=True):
+        start = candidate.next_position
+        owners.append((candidate.sampler, range(start, start + num)))
     return _verify_tokens(candidates, *sample_rows(logits, owners))
 
 
-def _verify_runs(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Choice]:
+def _verify_runs(candidates: Sequence[Candidate], logits: torch.Tensor) -> list[Outcome]:
     """With penalties a row's token depends on those before it."""
     (logits,) = to_host([logits])
     parts = torch.split(logits, _num_rows(candidates))
-    return [
-        Choice(*one.sampler.choose_run(rows.numpy(), one.draft, one.position))
-        for one, rows in zip(candidates, parts, strict=True)
-    ]
+    outcomes = []
+    for candidate, rows in zip(candidates, parts, strict=True):
+        draft = candidate.draft_ids.tolist()
+        run, error = candidate.sampler.choose_run(rows.numpy(), draft, candidate.next_position)
+        outcomes.append(Outcome(run, len(draft), len(run) - (error is None), error))
+    return outcomes
 
 
 def _verify_tokens(
     candidates: Sequence[Candidate], ids: torch.Tensor, values: torch.Tensor
-) -> list[Choice]:
-    """One pass over the chosen tokens of all rows and the largest logits they were chosen from."""
+) -> list[Outcome]:
+    """Compares drafts with the tokens chosen for their rows.
+
+    Args:
+        candidates: the sequences.
+        ids: int64[R], the token chosen for each row, rows of a sequence in order.
+        values: float32[R], the largest logit of each row; not finite where none can be chosen.
+    """
     ids, values = to_host([ids, values])
-    runs = verify_greedy([candidate.draft for candidate in candidates], ids)
-    if bool(torch.isfinite(values).all()):
-        return [Choice(run, None) for run in runs]
-    choices: list[Choice] = []
+    sizes = _num_rows(candidates)
+    if ids.shape[0] != sum(sizes):
+        raise RuntimeError(f"logits: expected {sum(sizes)} rows to split, got {ids.shape[0]}")
+    chosen = ids.tolist()
+    num_agreeing = _num_agreeing(candidates, ids, sizes)
+    are_good = bool(torch.isfinite(values).all())
+    outcomes: list[Outcome] = []
     start = 0
-    for candidate, run in zip(candidates, runs, strict=True):
-        tops = values[start : start + len(run)].tolist()
-        start += len(candidate.draft) + 1
-        bad = next((i for i, top in enumerate(tops) if not math.isfinite(top)), None)
-        if bad is None:
-            choices.append(Choice(run, None))
-        else:
-            choices.append(
-                Choice(run[:bad], BadLogitsError.at(candidate.position + bad, tops[bad]))
-            )
-    return choices
+    for candidate, size, num in zip(candidates, sizes, num_agreeing, strict=True):
+        run, error = chosen[start : start + num + 1], None
+        if not are_good:
+            tops = values[start : start + num + 1].tolist()
+            bad = next((i for i, top in enumerate(tops) if not math.isfinite(top)), None)
+            if bad is not None:
+                run = run[:bad]
+                error = BadLogitsError.at(candidate.next_position + bad, tops[bad])
+        outcomes.append(Outcome(run, size - 1, min(num, len(run)), error))
+        start += size
+    return outcomes
+
+
+def _num_agreeing(
+    candidates: Sequence[Candidate], ids: torch.Tensor, sizes: Sequence[int]
+) -> list[int]:
+    """How many tokens of each draft equal those chosen for their rows, up to the first other."""
+    if len(ids) == len(candidates):
+        return [0] * len(candidates)
+    offsets = np.zeros(len(sizes) + 1, dtype=np.int32)
+    np.cumsum(np.array(sizes) - 1, out=offsets[1:])
+    drafts = np.concatenate([candidate.draft_ids for candidate in candidates]).astype(np.int64)
+    num_accepted, _ = ops.verify_draft(torch.from_numpy(drafts), ids, torch.from_numpy(offsets))
+    agreeing: list[int] = num_accepted.tolist()
+    return agreeing

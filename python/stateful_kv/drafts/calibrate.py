@@ -20,11 +20,11 @@ import torch
 from stateful_kv._native import check_device
 from stateful_kv.drafts import cost_file
 from stateful_kv.drafts.costs import CostCurve, point_rows, smoothed
-from stateful_kv.engine.config import EngineConfig
-from stateful_kv.engine.step import Model
+from stateful_kv.models.protocol import Model
 from stateful_kv.errors import InvalidRequestError
 from stateful_kv.kv.batch import Batch
-from stateful_kv.kv.cache import DTYPES, KVCache
+from stateful_kv.kv.cache import KVCache
+from stateful_kv.kv.pools import DTYPES
 from stateful_kv.models.config import ModelConfig
 from stateful_kv.system.device import device_name, synchronize
 
@@ -47,14 +47,35 @@ class Costs:
         source: "given", "file", "measured", or "" as long as nobody has asked.
     """
 
-    def __init__(self, model: Model, config: EngineConfig, choice: CostChoice) -> None:
-        """Checks the choice; measures nothing yet."""
+    def __init__(
+        self,
+        model: Model,
+        choice: CostChoice,
+        *,
+        kv_dtype: str,
+        page_size: int,
+        max_draft: int,
+        device: str,
+    ) -> None:
+        """Checks the choice; measures nothing yet.
+
+        Args:
+            model: whose passes are timed.
+            choice: the curve, or how to find it.
+            kv_dtype: of the engine's KV.
+            page_size: tokens a page of it holds.
+            max_draft: longest draft.
+            device: where it lies.
+        """
         if not isinstance(choice, CostCurve) and choice not in ("auto", "measure"):
             raise InvalidRequestError(
                 f"cost_curve: expected a CostCurve, 'auto' or 'measure', got {choice!r}"
             )
         self._model = model
-        self._config = config
+        self._kv_dtype = kv_dtype
+        self._page_size = min(page_size, _SCRATCH_PAGE)
+        self._max_rows = max_draft + 1
+        self._device = device
         self._choice = choice
         self._curve: CostCurve | None = None
         self.source = ""
@@ -73,18 +94,20 @@ class Costs:
         if model_key is not None:
             key = {
                 **cost_file.machine_key(),
-                "device": device_name(check_device(self._config.device)),
+                "device": device_name(check_device(self._device)),
                 "model": model_key,
                 "shape": _shape_name(self._model.config),
-                "kv_dtype": self._config.kv_dtype,
-                "page_size": _page_size(self._config),
-                "max_rows": self._config.max_draft + 1,
+                "kv_dtype": self._kv_dtype,
+                "page_size": self._page_size,
+                "max_rows": self._max_rows,
             }
             stored = cost_file.load(key) if self._choice == "auto" else None
             if stored is not None:
                 return stored, "file"
         began_at = time.perf_counter()
-        curve = measure(self._model, self._config)
+        curve = measure(
+            self._model, self._kv_dtype, self._page_size, self._max_rows, self._device
+        )
         seconds = time.perf_counter() - began_at
         _log.info("cost curve measured in %.2f s: %s", seconds, curve)
         if key is not None and curve.noise <= MAX_STORED_NOISE:
@@ -106,8 +129,10 @@ def fingerprint(model: Model) -> str | None:
     return digest.hexdigest()
 
 
-def measure(model: Model, config: EngineConfig) -> CostCurve:
-    """Times passes of 1 to `max_draft` + 1 rows, without context and behind one.
+def measure(
+    model: Model, kv_dtype: str, page_size: int, max_rows: int, device: str
+) -> CostCurve:
+    """Times passes of 1 to `max_rows` rows, without context and behind one.
 
     A model whose longest context is shorter than that gets no more rows than it has positions.
     Uses a small cache of its own. All points take turns, forwards and backwards, so that a drift
@@ -115,7 +140,7 @@ def measure(model: Model, config: EngineConfig) -> CostCurve:
     only ever adds. Rounds end with `BUDGET_S`; a model so slow
     that one round takes longer is measured once.
     """
-    scratch = _Scratch(model, config)
+    scratch = _Scratch(model, kv_dtype, page_size, max_rows, device)
     rows = point_rows(scratch.max_rows)
     passes = [scratch.batch(count, 0) for count in rows]
     context = scratch.context
@@ -165,10 +190,11 @@ def _rounds(model: Model, cache: KVCache, passes: list[Batch]) -> list[list[floa
 class _Scratch:
     """A small cache with one empty sequence and one with some context, for timing alone."""
 
-    def __init__(self, model: Model, config: EngineConfig) -> None:
-        shape, dtype = model.config, DTYPES[config.kv_dtype]
-        self.max_rows = max_rows = min(config.max_draft + 1, shape.max_position)
-        page_size = _page_size(config)
+    def __init__(
+        self, model: Model, kv_dtype: str, page_size: int, max_rows: int, device: str
+    ) -> None:
+        shape, dtype = model.config, DTYPES[kv_dtype]
+        self.max_rows = max_rows = min(max_rows, shape.max_position)
         token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
         self.context = max(0, min(_CONTEXT, _SCRATCH_BYTES // token_bytes))
         self.context = min(self.context, max(0, shape.max_position - max_rows))
@@ -182,7 +208,7 @@ class _Scratch:
             num_pages,
             page_size,
             dtype,
-            config.device,
+            device,
         )
         self._fill(torch.linspace(-1.0, 1.0, page_size, device=self.cache.device))
         self._vocab_size = shape.vocab_size
@@ -191,7 +217,7 @@ class _Scratch:
         for context in {0, self.context}:
             sequence, _ = self.cache.match_and_adopt(nothing)
             self.cache.reserve(sequence, context)
-            self.cache.commit(sequence, context)
+            self.cache.commit([sequence], [context])
             self._sequences[context] = sequence
 
     def _fill(self, pattern: torch.Tensor) -> None:
@@ -222,10 +248,6 @@ class _Scratch:
             slots=pages.slots,
             logit_rows=rows,
         ).to(self.cache.device)
-
-
-def _page_size(config: EngineConfig) -> int:
-    return min(config.page_size, _SCRATCH_PAGE)
 
 
 def _shape_name(config: ModelConfig) -> str:

@@ -1,53 +1,80 @@
-"""Drafts from a session's own text: prompt lookup in an n-gram index."""
+"""Drafts from a session's own text: prompt lookup in an n-gram index.
+
+Proposes what followed the last time the text's latest tokens occurred.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
 
+import torch
+
 from stateful_kv._native import _C
 from stateful_kv.drafts.costs import CostCurve
-from stateful_kv.drafts.policy import ALONE, MAX_MATCH, MIN_MATCH, DraftPolicy, StepLoad
-from stateful_kv.session.ledger import Ledger
+from stateful_kv.drafts.policy import MAX_MATCH, MIN_MATCH, DraftPolicy
+from stateful_kv.drafts.proposer import NO_DRAFT, Draft, StepLoad
+from stateful_kv.types import TokenArray
+
+SOURCE = "ngram"
 
 
-class Drafter:
-    """Proposes what followed the last time the ledger's latest tokens occurred.
+class NgramDrafter:
+    """The drafter of one session; see `proposer.Drafter`.
 
-    The index follows the ledger lazily: `propose` adds the tokens that are new since last time,
-    `truncate` drops what a rewound ledger lost.
+    The index follows the session's tokens lazily: `propose` adds those that are new.
     """
 
     def __init__(self, max_draft: int, costs: CostCurve) -> None:
         self.policy = DraftPolicy(max_draft, costs)
         self._index = _C.NgramIndex(MIN_MATCH, MAX_MATCH)
-        self._match_len = 0
 
-    def propose(self, ledger: Ledger, limit: int, load: StepLoad = ALONE) -> list[int]:
-        """Returns at most `limit` tokens that may follow the ledger; often none."""
-        limit = min(limit, self.policy.max_draft)
-        draft: Sequence[int] = ()
-        match_len = 0
-        if limit > 0:
-            self._index.append(ledger.tokens[self._index.size() :])
-            found, match_len = self._index.propose(limit)
-            draft = found.tolist()
-        length = self.policy.draft_len(match_len, len(draft), len(ledger), load)
-        self._match_len = match_len
-        return list(draft[:length])
+    def propose(self, tokens: TokenArray, limit: int) -> Draft:
+        """At most `limit` tokens that may follow `tokens`; often none."""
+        return propose_all([self], [tokens], [limit])[0]
 
-    def observe(self, num_drafted: int, num_accepted: int) -> None:
-        """Learns what became of the last proposal."""
-        self.policy.observe(self._match_len, num_drafted, num_accepted)
+    def worthwhile(self, draft: Draft, context: int, load: StepLoad) -> Draft:
+        """The part of the draft that is expected to pay."""
+        return draft.first(self.policy.draft_len(draft.match_len, len(draft), context, load))
+
+    def observe(self, draft: Draft, num_accepted: int) -> None:
+        """Learns what became of a draft."""
+        self.policy.observe(draft.match_len, len(draft), num_accepted)
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on."""
         if self._index.size() > length:
             self._index.truncate(length)
 
-    def fork(self) -> Drafter:
-        """Returns a drafter for a copy of the ledger; O(1), the index is copied on write."""
+    def fork(self) -> NgramDrafter:
+        """A drafter for a copy of the session; O(1), the index is copied on write."""
         other = copy(self)
         other.policy = self.policy.copy()
         other._index = self._index.fork()
         return other
+
+
+def propose_all(
+    drafters: Sequence[NgramDrafter], tokens: Sequence[TokenArray], limits: Sequence[int]
+) -> list[Draft]:
+    """What each of these distinct drafters proposes, all of them in one call of the extension.
+
+    Args:
+        drafters: S of them.
+        tokens: all tokens of each session.
+        limits: the longest draft of each; where it is 0 the index is not looked at.
+    """
+    asked = [index for index, limit in enumerate(limits) if limit > 0]
+    drafts = [NO_DRAFT] * len(drafters)
+    if not asked:
+        return drafts
+    indexes = [drafters[i]._index for i in asked]
+    new = [tokens[i][drafters[i]._index.size() :] for i in asked]
+    most = [min(limits[i], drafters[i].policy.max_draft) for i in asked]
+    ids, lens, matches = _C.propose_drafts(indexes, new, torch.tensor(most, dtype=torch.int64))
+    found, start = ids.numpy(), 0
+    for i, length, match_len in zip(asked, lens.tolist(), matches.tolist(), strict=True):
+        if length:
+            drafts[i] = Draft(found[start : start + length], match_len, SOURCE)
+        start += length
+    return drafts

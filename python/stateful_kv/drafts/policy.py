@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from stateful_kv.drafts.costs import CostCurve
+from stateful_kv.drafts.proposer import ALONE, StepLoad
 
 MIN_MATCH = 2
 MAX_MATCH = 8
-
-
-class StepLoad(NamedTuple):
-    """What a step computes besides a draft.
-
-    Attributes:
-        num_sequences: sequences that decode in it, the draft's own included.
-        num_rows: rows it has without the draft: of these, of drafts before it, of prompts.
-    """
-
-    num_sequences: int
-    num_rows: int
-
-
-ALONE = StepLoad(1, 1)
 
 
 @dataclass

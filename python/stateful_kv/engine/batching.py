@@ -1,17 +1,17 @@
-"""What the next step computes: which turns get a sequence, and which rows each of them feeds."""
+"""What the next step computes: which rows each turn feeds, and the batch they make."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from stateful_kv.drafts.policy import StepLoad
-from stateful_kv.kv.batch import Batch
-from stateful_kv.kv.cache import KVCache
+from stateful_kv.choosing.sampler import Sampler
+from stateful_kv.drafts.ngram import NgramDrafter, propose_all
+from stateful_kv.drafts.proposer import NO_DRAFT, Draft, StepLoad
+from stateful_kv.kv.batch import Batch, BatchPages
 from stateful_kv.session.turn import Turn, TurnPhase
 from stateful_kv.system.tracing import span, traced
 from stateful_kv.types import TokenArray
@@ -19,7 +19,7 @@ from stateful_kv.types import TokenArray
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The rows of one turn in a step.
+    """The rows of one turn in a step, or in the first of several steps taken at once.
 
     Attributes:
         turn: whose rows.
@@ -33,7 +33,7 @@ class RowPlan:
     feed_ids: TokenArray
     start_position: int
     num_logit_rows: int
-    draft: list[int]
+    draft: Draft = field(default=NO_DRAFT)
 
     @property
     def sequence_id(self) -> int:
@@ -42,58 +42,34 @@ class RowPlan:
         return self.turn.state.sequence_id
 
     @property
+    def num_new(self) -> int:
+        """Tokens of the ledger among those that are fed."""
+        return len(self.feed_ids) - len(self.draft)
+
+    @property
     def num_prompt_rows(self) -> int:
         """Rows that compute prompt tokens."""
         return max(0, min(len(self.feed_ids), self.turn.prompt_len - self.start_position))
 
+    @property
+    def sampler(self) -> Sampler:
+        """How the turn's tokens are chosen."""
+        return self.turn.request.sampler
+
+    @property
+    def draft_ids(self) -> TokenArray:
+        """int32[K], the proposed tokens."""
+        return self.draft.tokens
+
+    @property
+    def next_position(self) -> int:
+        """Where the next token of the ledger goes."""
+        return self.start_position + self.num_new
+
     def without_draft(self) -> RowPlan:
         """The same rows with nothing proposed."""
-        kept = len(self.feed_ids) - len(self.draft)
-        return replace(self, feed_ids=self.feed_ids[:kept], num_logit_rows=1, draft=[])
-
-
-def admissible(turns: Sequence[Turn]) -> Iterator[Turn]:
-    """Yields the queued turns that may get a sequence now; the caller admits each at once.
-
-    A turn whose prompt begins like the one an earlier turn is computing right now waits until
-    that part is in the tree, so nothing is computed twice.
-    """
-    for index, turn in enumerate(turns):
-        if turn.phase is TurnPhase.QUEUED and not _must_wait(turn, turns[:index]):
-            yield turn
-
-
-def _must_wait(turn: Turn, earlier: Sequence[Turn]) -> bool:
-    if turn.state.sequence_id is not None:
-        return False
-    if turn.waits_for is not None:
-        other, num_shared = turn.waits_for
-        if _is_computing(other) and other.state.committed_len < num_shared:
-            return True
-        turn.waits_for = None
-    candidates = [other for other in earlier if _is_computing(other)]
-    if not candidates:
-        return False
-    cache = turn.state.cache
-    tokens = turn.state.ledger.tokens
-    worthwhile = cache.match_len(tokens[:-1]) + cache.page_size
-    for other in candidates:
-        shared = _common_prefix_len(tokens, other.state.ledger.tokens)
-        shared -= shared % cache.page_size
-        if shared >= worthwhile and other.state.committed_len < shared:
-            turn.waits_for = (other, shared)
-            return True
-    return False
-
-
-def _is_computing(turn: Turn) -> bool:
-    return turn.phase in (TurnPhase.QUEUED, TurnPhase.EXTENDING)
-
-
-def _common_prefix_len(a: TokenArray, b: TokenArray) -> int:
-    size = min(len(a), len(b))
-    differs = a[:size] != b[:size]
-    return int(differs.argmax()) if differs.any() else size
+        feed_ids = self.feed_ids[: self.num_new]
+        return replace(self, feed_ids=feed_ids, num_logit_rows=1, draft=NO_DRAFT)
 
 
 class Planner:
@@ -122,51 +98,80 @@ class Planner:
         budget -= len(decoding)
         rows: dict[int, RowPlan] = {}
         num_rows = len(decoding) + min(budget, sum(map(_num_uncomputed, extending)))
-        for turn in decoding:
+        for turn, draft in zip(decoding, propose(decoding, budget - kept_for_extend), strict=True):
+            if turn.is_finished:
+                continue
+            draft = draft.first(max(0, budget - kept_for_extend))
             load = StepLoad(len(decoding), num_rows)
-            row = _row_or_fail(partial(_decode_row, load=load), turn, budget - kept_for_extend)
-            if row is not None:
-                num_rows += len(row.draft)
-                budget -= len(row.draft)
-                rows[id(turn)] = row
+            try:
+                row = decode_row(turn, draft, load)
+            except Exception as error:
+                turn.fail(error)
+                continue
+            num_rows += len(row.draft)
+            budget -= len(row.draft)
+            rows[id(turn)] = row
         by_need = sorted(extending, key=_num_uncomputed)
         for index, turn in enumerate(by_need):
             share = -(-budget // (len(by_need) - index))
-            row = _row_or_fail(_extend_row, turn, share) if share > 0 else None
-            if row is not None:
+            if share > 0:
+                row = _extend_row(turn, share)
                 budget -= len(row.feed_ids)
                 rows[id(turn)] = row
         return [rows[id(turn)] for turn in turns if id(turn) in rows]
 
 
-def _row_or_fail(
-    make_row: Callable[[Turn, int], RowPlan], turn: Turn, limit: int
-) -> RowPlan | None:
-    """The turn's rows; an error ends that turn alone."""
-    try:
-        return make_row(turn, limit)
-    except Exception as error:
-        turn.fail(error)
-        return None
+@traced("draft")
+def propose(turns: Sequence[Turn], max_draft: int) -> list[Draft]:
+    """What may follow in each of these turns; one whose drafter raises fails.
+
+    Args:
+        turns: decoding ones.
+        max_draft: longest draft.
+    """
+    drafting = [turn for turn in turns if turn.state.drafter is not None]
+    if not drafting:
+        return [NO_DRAFT] * len(turns)
+    # The last token of a reply is never a draft token: a row of its own has to choose it.
+    limits = [min(max_draft, turn.num_left - 1) for turn in drafting]
+    tokens = [turn.state.ledger.tokens for turn in drafting]
+    indexed = [d for turn in drafting if isinstance(d := turn.state.drafter, NgramDrafter)]
+    if len(indexed) == len(drafting):
+        try:
+            found = dict(zip(map(id, drafting), propose_all(indexed, tokens, limits), strict=True))
+            return [found.get(id(turn), NO_DRAFT) for turn in turns]
+        except Exception:  # whose fault it is, the loop below finds
+            pass
+    drafts: dict[int, Draft] = {}
+    for turn, text, limit in zip(drafting, tokens, limits, strict=True):
+        assert turn.state.drafter is not None
+        try:
+            drafts[id(turn)] = turn.state.drafter.propose(text, limit)
+        except Exception as error:
+            turn.fail(error)
+    return [drafts.get(id(turn), NO_DRAFT) for turn in turns]
+
+
+def decode_row(turn: Turn, draft: Draft, load: StepLoad) -> RowPlan:
+    """The pending token of a turn, and as much of a draft as is expected to pay.
+
+    Args:
+        turn: a decoding one.
+        draft: as proposed.
+        load: what else the step computes.
+    """
+    state = turn.state
+    committed = state.committed_len
+    feed = state.ledger.tokens[committed:]
+    if state.drafter is not None:
+        draft = state.drafter.worthwhile(draft, len(state.ledger), load)
+    if len(draft):
+        feed = np.concatenate([feed, draft.tokens])
+    return RowPlan(turn, feed, committed, 1 + len(draft), draft)
 
 
 def _num_uncomputed(turn: Turn) -> int:
     return len(turn.state.ledger) - turn.state.committed_len
-
-
-def _decode_row(turn: Turn, max_draft: int, load: StepLoad) -> RowPlan:
-    state = turn.state
-    committed = state.committed_len
-    feed = state.ledger.tokens[committed:]
-    draft: list[int] = []
-    if state.drafter is not None:
-        # The last token of a reply is never a draft token: a row of its own has to choose it.
-        limit = min(max_draft, turn.num_left - 1)
-        with span("draft"):
-            draft = state.drafter.propose(state.ledger, limit, load)
-    if draft:
-        feed = np.concatenate([feed, np.array(draft, dtype=np.int32)])
-    return RowPlan(turn, feed, committed, 1 + len(draft), draft)
 
 
 def _extend_row(turn: Turn, share: int) -> RowPlan:
@@ -174,7 +179,7 @@ def _extend_row(turn: Turn, share: int) -> RowPlan:
     committed = state.committed_len
     feed = state.ledger.tokens[committed : committed + share]
     is_last = committed + len(feed) == len(state.ledger)
-    return RowPlan(turn, feed, committed, 1 if is_last else 0, [])
+    return RowPlan(turn, feed, committed, 1 if is_last else 0)
 
 
 def describe(rows: Sequence[RowPlan]) -> str:
@@ -188,24 +193,28 @@ def describe(rows: Sequence[RowPlan]) -> str:
 
 
 @traced("build_batch")
-def build_batch(rows: Sequence[RowPlan], cache: KVCache) -> Batch:
-    """Makes the tensors of a step whose rows are reserved in the cache, on its device."""
-    query_lens = [len(row.feed_ids) for row in rows]
-    pages = cache.batch_pages([row.sequence_id for row in rows], query_lens)
-    token_ids = np.concatenate([row.feed_ids for row in rows]).astype(np.int64)
-    ends = np.cumsum(query_lens)
-    logit_rows = np.concatenate(
-        [
-            np.arange(end - row.num_logit_rows, end, dtype=np.int64)
-            for row, end in zip(rows, ends, strict=True)
-        ]
-    )
+def build_batch(rows: Sequence[RowPlan], pages: BatchPages, device: torch.device) -> Batch:
+    """Makes the tensors of a step.
+
+    Args:
+        rows: of every turn in it.
+        pages: where their KV goes.
+        device: where to put the tensors.
+    """
+    if len(rows) == 1:
+        feed_ids = rows[0].feed_ids
+        logit_rows = np.arange(len(feed_ids) - rows[0].num_logit_rows, len(feed_ids))
+    else:
+        feed_ids = np.concatenate([row.feed_ids for row in rows])
+        ends = np.cumsum([len(row.feed_ids) for row in rows])
+        asked = zip(rows, ends, strict=True)
+        logit_rows = np.concatenate([np.arange(e - row.num_logit_rows, e) for row, e in asked])
     return Batch(
-        token_ids=torch.from_numpy(token_ids),
+        token_ids=torch.from_numpy(feed_ids.astype(np.int64)),
         positions=pages.positions,
         query_offsets=pages.query_offsets,
         page_table=pages.page_table,
         seq_lens=pages.seq_lens,
         slots=pages.slots,
         logit_rows=torch.from_numpy(logit_rows),
-    ).to(cache.device)
+    ).to(device)

@@ -11,9 +11,9 @@ KV_DTYPES = ("float16", "float32", "bfloat16", "int8")
 # What "auto" stands for, by the type of the device.
 _DEFAULT_KV_DTYPES = {"cpu": "float16", "cuda": "bfloat16"}
 _DEVICE_NAME = re.compile(r"cpu|cuda(:\d{1,4})?", re.ASCII)
-_DEFAULT_STEPS_PER_VISIT = {"cpu": 1, "cuda": 8}
+_DEFAULT_STEPS_PER_SYNC = {"cpu": 1, "cuda": 8}
 MAX_DRAFT_LIMIT = 63
-MAX_STEPS_PER_VISIT = 64
+MAX_STEPS_PER_SYNC = 64
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,8 @@ class EngineConfig:
         draft: propose tokens from the session's own text and verify them in one pass.
         max_draft: longest draft of one session in one step.
         device: "cpu", "cuda" or "cuda:N"; where the KV lies and the model computes.
-        steps_per_visit: decode steps the device takes before the host looks at them, where no turn
-            waits and none is streamed. None, which is 1 on the CPU and 8 on CUDA, is replaced by
-            what it stands for.
+        num_steps_per_sync: decode steps the device takes before the host looks at them. None, which
+            is 1 on the CPU and 8 on CUDA, is replaced by what it stands for.
     """
 
     kv_tokens: int = 65536
@@ -42,7 +41,7 @@ class EngineConfig:
     draft: bool = True
     max_draft: int = 7
     device: str = "cpu"
-    steps_per_visit: int | None = None
+    num_steps_per_sync: int | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -60,13 +59,13 @@ class EngineConfig:
         require_int("max_draft", self.max_draft, 0)
         limit = self.max_draft <= MAX_DRAFT_LIMIT
         require(limit, "max_draft", f"expected at most {MAX_DRAFT_LIMIT}", self.max_draft)
-        if self.steps_per_visit is None:
+        if self.num_steps_per_sync is None:
             device_type = self.device.partition(":")[0]
-            object.__setattr__(self, "steps_per_visit", _DEFAULT_STEPS_PER_VISIT[device_type])
-        require_int("steps_per_visit", self.steps_per_visit, 1)
-        fits = self.steps_per_visit is not None and self.steps_per_visit <= MAX_STEPS_PER_VISIT
-        rule = f"expected at most {MAX_STEPS_PER_VISIT}"
-        require(fits, "steps_per_visit", rule, self.steps_per_visit)
+            object.__setattr__(self, "num_steps_per_sync", _DEFAULT_STEPS_PER_SYNC[device_type])
+        require_int("num_steps_per_sync", self.num_steps_per_sync, 1)
+        fits = self.num_steps_per_sync is not None and self.num_steps_per_sync <= MAX_STEPS_PER_SYNC
+        rule = f"expected at most {MAX_STEPS_PER_SYNC}"
+        require(fits, "num_steps_per_sync", rule, self.num_steps_per_sync)
 
     @property
     def num_pages(self) -> int:

@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
-
-import torch
 
 from stateful_kv._native import check_device
 from stateful_kv.choosing.params import SamplingParams
 from stateful_kv.drafts.calibrate import CostChoice, Costs
-from stateful_kv.drafts.ngram import Drafter
-from stateful_kv.engine.batching import Planner
+from stateful_kv.drafts.ngram import NgramDrafter
 from stateful_kv.engine.config import EngineConfig
-from stateful_kv.engine.multi_step import Visits
-from stateful_kv.engine.step import Model, Stepper
-from stateful_kv.errors import (
-    InvalidRequestError,
-    InvariantError,
-    SessionBusyError,
-    SessionClosedError,
-    require_type,
-)
-from stateful_kv.host import Message, Messages, Tokenizer
-from stateful_kv.kv.cache import DTYPES, KVCache
+from stateful_kv.engine.scheduler import Scheduler
+from stateful_kv.errors import InvalidRequestError, require_type
+from stateful_kv.kv.cache import KVCache
+from stateful_kv.kv.pools import DTYPES
+from stateful_kv.models.protocol import Model
 from stateful_kv.session.ledger import Ledger
 from stateful_kv.session.receipts import Reply
 from stateful_kv.session.session import Session
-from stateful_kv.session.turn import SessionState, Turn
-from stateful_kv.system.tracing import traced
+from stateful_kv.session.state import SessionState
+from stateful_kv.text.messages import Tokenizer
+from stateful_kv.types import Message, Messages
+
+import torch
 
 
 class Engine:
     """Runs turns of many sessions on one model and one KV cache.
 
-    Everything runs in the calling thread: `Session.turn` steps the engine until its reply is
-    complete, and each step also advances the streams of other sessions that are open. A call
-    from another thread meanwhile raises SessionBusyError.
+    A script needs no thread: `Session.turn` steps the engine until its reply is complete, and
+    each step also advances the streams of other sessions that are open. After `start`, or from
+    the first call of a second thread on, a thread of the engine's own takes the steps, and calls
+    from any thread wait their turn.
 
-    A step is: admit turns, plan rows, reserve pages, forward, verify, commit. Where nothing waits
-    for the host several may be taken in one visit (`visits.py`). Lengths move only in commit. An
-    error of one turn ends that turn and takes its session back to where it was.
+    A step is: admit turns, plan rows, reserve pages, forward, verify, commit. Several may be taken
+    before the host looks at them (`EngineConfig.num_steps_per_sync`). Lengths move only in commit.
+    An error of one turn ends that turn and takes its session back to where it was.
     """
 
     def __init__(
@@ -78,20 +71,16 @@ class Engine:
             DTYPES[config.kv_dtype],
             device,
         )
-        self.cache.relieve = self._suspend_one
-        self.cache.holders = self._holders
-        self.vocab_size = shape.vocab_size
-        self.context_len = shape.max_position
-        self.costs = Costs(model, config, cost_curve)
-        self._stepper = Stepper(model, self.cache, Planner(config.max_batch_tokens))
-        self._visits = Visits(self._stepper, model, self.cache, config)
-        self._sessions: dict[int, SessionState] = {}
-        self._turns: list[Turn] = []
+        self.costs = Costs(
+            model,
+            cost_curve,
+            kv_dtype=config.kv_dtype,
+            page_size=config.page_size,
+            max_draft=config.max_draft,
+            device=config.device,
+        )
+        self._scheduler = Scheduler(model, self.cache, config)
         self._num_named = 0
-        self._is_closed = False
-        self._lock = threading.RLock()
-        self._depth = 0  # guards entered
-        self._is_stepping = False
 
     @classmethod
     def load(
@@ -106,7 +95,7 @@ class Engine:
         max_batch_tokens: int = 1024,
         device: str = "cpu",
         dtype: str = "auto",
-        steps_per_visit: int | None = None,
+        num_steps_per_sync: int | None = None,
         cost_curve: CostChoice = "auto",
     ) -> Engine:
         """Loads a model and makes an engine for it.
@@ -123,7 +112,7 @@ class Engine:
             device: "cpu", "cuda" or "cuda:N".
             dtype: of dense weights and activations: "bfloat16" ("auto" on CUDA), "float16" or
                 "float32" (the only one on the CPU).
-            steps_per_visit: decode steps between two looks of the host; see `EngineConfig`.
+            num_steps_per_sync: decode steps between two looks of the host; see `EngineConfig`.
             cost_curve: "auto", "measure" or a CostCurve; see `Engine`.
 
         Raises:
@@ -143,7 +132,7 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             draft=draft,
             device=device,
-            steps_per_visit=steps_per_visit,
+            num_steps_per_sync=num_steps_per_sync,
         )
         loaded = load_model(name, weight_format, device=device, dtype=dtype)
         return cls(loaded.model, loaded.tokenizer, config, cost_curve=cost_curve)
@@ -157,7 +146,7 @@ class Engine:
     @property
     def is_closed(self) -> bool:
         """True after `close`."""
-        return self._is_closed
+        return self._scheduler.is_closed
 
     def session(
         self,
@@ -186,21 +175,28 @@ class Engine:
         require_type("tools", tools, (list, tuple), "a list of dicts", optional=True)
         for index, tool in enumerate(tools or ()):
             require_type(f"tools[{index}]", tool, Mapping, "a dict")
-        with self.guard():
+        params = sampling if sampling is not None else SamplingParams()
+        wants_drafts = self.config.draft if draft is None else draft
+
+        def make() -> Session:
+            self._scheduler.require_open()
             self._num_named += 1
             drafter = None
-            if (self.config.draft if draft is None else draft) and self.config.max_draft:
-                drafter = Drafter(self.config.max_draft, self.costs.curve())
+            if wants_drafts and self.config.max_draft:
+                drafter = NgramDrafter(self.config.max_draft, self.costs.curve())
             state = SessionState(
                 name=name if name is not None else f"session-{self._num_named}",
                 ledger=Ledger(),
                 cache=self.cache,
                 drafter=drafter,
-                last_used=self._stepper.num_steps,
             )
-            self.register(state)
-            params = sampling if sampling is not None else SamplingParams()
-            return Session(self, self.tokenizer, state, system=system, tools=tools, sampling=params)
+            session = Session(
+                self._scheduler, self.tokenizer, state, system=system, tools=tools, sampling=params
+            )
+            self._scheduler.register(state)
+            return session
+
+        return self._scheduler.perform(make)
 
     @overload
     def gather(
@@ -249,199 +245,68 @@ class Engine:
                 raise InvalidRequestError(
                     f"items[{index}]: expected a (session, message) pair, got {item!r}"
                 )
-        with self.guard():
-            sessions = [session for session, _ in items]
-            if len({id(session) for session in sessions}) < len(sessions):
-                raise InvalidRequestError("gather: a session occurs twice")
-            for session in sessions:
-                session.require_host(self)
-            opened: list[Turn | Exception] = []
+        sessions = [session for session, _ in items]
+        if len({id(session) for session in sessions}) < len(sessions):
+            raise InvalidRequestError("gather: a session occurs twice")
+        for session in sessions:
+            session._require_host(self._scheduler)
+        opened = self._scheduler.conduct(
+            [session._opener(message, max_tokens, sampling) for session, message in items]
+        )
+        outcomes: list[Reply | Exception] = []
+        for session, turn in zip(sessions, opened, strict=True):
             try:
-                for session, message in items:
-                    try:
-                        opened.append(session.open_turn(message, max_tokens, sampling))
-                    except Exception as error:
-                        opened.append(error)
-                self.run([turn for turn in opened if isinstance(turn, Turn)])
-            except BaseException as error:
-                for turn in opened:
-                    if isinstance(turn, Turn):
-                        turn.fail(error)
-                raise
-            outcomes: list[Reply | Exception] = []
-            for session, turn in zip(sessions, opened, strict=True):
-                try:
-                    if isinstance(turn, Exception):
-                        raise turn
-                    outcomes.append(session.collect(turn))
-                except Exception as error:
-                    outcomes.append(error)
-            if return_exceptions:
-                return outcomes
-            replies: list[Reply] = []
-            for outcome in outcomes:
-                if isinstance(outcome, Exception):
-                    raise outcome
-                replies.append(outcome)
-            return replies
+                outcomes.append(session._collect(turn))
+            except Exception as error:
+                outcomes.append(error)
+        if return_exceptions:
+            return outcomes
+        replies: list[Reply] = []
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+            replies.append(outcome)
+        return replies
 
-    def clear_cache(self) -> int:
-        """Empties the prefix cache; KV of open sessions stays. Returns the pages freed."""
-        with self.guard():
-            return self.cache.evict_all()
-
-    def close(self) -> None:
-        """Closes all sessions and empties the cache. Idempotent."""
-        if self._is_closed:
-            return
-        with self.guard():
-            for state in list(self._sessions.values()):
-                if state.turn is not None:
-                    state.turn.cancel()
-                state.is_closed = True
-                state.drop_kv()
-            self._sessions.clear()
-            self._turns.clear()
-            self.cache.evict_all()
-            # Hooks of ours in a part of ours: a cycle that would keep the pool until a collection.
-            self.cache.relieve = self.cache.holders = None
-            self._is_closed = True
-
-    def check_integrity(self) -> str | None:
-        """Describes the first broken invariant of the engine's state, or returns None."""
-        with self.guard():
-            for state in self._sessions.values():
-                if state.committed_len > len(state.ledger):
-                    return f"session {state.name!r}: KV of more tokens than its ledger has"
-                if state.turn is not None and state.turn not in self._turns:
-                    return f"session {state.name!r}: its turn is lost"
-            held = sum(state.sequence_id is not None for state in self._sessions.values())
-            if held != self.cache.num_sequences:
-                return f"{self.cache.num_sequences} sequences, {held} held by sessions"
-            return self.cache.check_integrity()
-
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Entered by every call that reads or changes state.
-
-        Raises:
-            SessionBusyError: another thread is inside, or the call comes from within a step.
-            SessionClosedError: the engine is closed.
-        """
-        if not self._lock.acquire(blocking=False):
-            raise SessionBusyError("the engine is busy in another thread")
-        try:
-            self._depth += 1
-            if self._is_stepping:
-                raise SessionBusyError("the engine is in the middle of a step")
-            if self._is_closed:
-                raise SessionClosedError("the engine is closed")
-            if self._depth == 1:
-                self.settle()
-            yield
-        except BaseException as error:
-            if self._depth == 1 and not isinstance(error, Exception):
-                self._recover(error)
-            raise
-        finally:
-            self._depth -= 1
-            self._lock.release()
-
-    def register(self, state: SessionState) -> None:
-        """Makes a new session known."""
-        self._sessions[id(state)] = state
-
-    def forget(self, state: SessionState) -> None:
-        """Forgets a closed session."""
-        self._sessions.pop(id(state), None)
-        self._prune()
-
-    def submit(self, turn: Turn) -> None:
-        """Adds an open turn to those that steps work on."""
-        self._turns.append(turn)
-
-    def run(self, turns: Sequence[Turn]) -> None:
-        """Steps until these turns are finished; if that is interrupted they fail, no others."""
-        try:
-            while not all(turn.is_finished for turn in turns):
-                if not self.step():
-                    raise InvariantError("no turn can make progress")
-        except BaseException as error:
-            for turn in turns:
-                turn.fail(error)
-            raise
-        finally:
-            self.settle()
-
-    def settle(self) -> None:
-        """Carries out requested cancellations; leaves them to the next step if one is running."""
-        if not self._lock.acquire(blocking=False):
-            return
-        try:
-            if not self._is_stepping:
-                for turn in self._turns:
-                    if turn.cancel_requested:
-                        turn.cancel()
-                self._prune()
-        finally:
-            self._lock.release()
-
-    @traced("step")
     def step(self) -> bool:
         """Runs one step of all open turns.
 
         Returns:
             False when there was nothing to compute.
         """
-        with self.guard():
-            self.settle()
-            self._is_stepping = True
-            try:
-                running = [turn for turn in self._turns if not turn.is_finished]
-                if running:
-                    self._visits.advance(running)
-                return bool(running)
-            finally:
-                self._is_stepping = False
+        return self._scheduler.perform(self._scheduler.step)
 
-    def _suspend_one(self) -> bool:
-        """Drops the KV of the session that was idle longest; False if there is none."""
-        idle = [
-            state
-            for state in self._sessions.values()
-            if state.turn is None and state.sequence_id is not None
-        ]
-        if not idle:
-            return False
-        min(idle, key=lambda state: state.last_used).drop_kv()
-        return True
+    def start(self) -> None:
+        """Gives the engine a thread of its own, which takes all steps from now on.
 
-    def _recover(self, error: BaseException) -> None:
-        """After an interrupt, which can come between any two operations, makes state whole again.
-
-        Turns that nobody drives or reads end; sequences that no session got to hold are released.
+        That also happens by itself when a second thread calls, and with the first `Session.aturn`
+        or `astream`.
         """
-        self._is_stepping = False
-        for state in self._sessions.values():
-            if state.turn is not None and not state.turn.has_reader:
-                state.turn.abandon(error)
-        self._prune()
-        states = self._sessions.values()
-        self.cache.release_others(
-            {one.sequence_id for one in states if one.sequence_id is not None}
-        )
+        self._scheduler.perform(self._scheduler.require_open)
+        self._scheduler.owner.start()
 
-    def _holders(self) -> tuple[list[int], list[int]]:
-        """The sequences of running turns, and those that `_suspend_one` may drop."""
-        kept: list[int] = []
-        idle: list[int] = []
-        for state in self._sessions.values():
-            if state.sequence_id is not None:
-                (idle if state.turn is None else kept).append(state.sequence_id)
-        return kept, idle
+    def clear_cache(self) -> int:
+        """Empties the prefix cache; KV of open sessions stays. Returns the pages freed."""
 
-    def _prune(self) -> None:
-        self._turns = [turn for turn in self._turns if turn.reply is None and turn.error is None]
+        def clear() -> int:
+            self._scheduler.require_open()
+            return self.cache.evict_all()
+
+        return self._scheduler.perform(clear)
+
+    def close(self) -> None:
+        """Closes all sessions and empties the cache. Idempotent.
+
+        A stream that is open ends as if it were closed; other turns that run in other threads
+        fail with SessionClosedError.
+        """
+        if not self.is_closed:
+            self._scheduler.perform(self._scheduler.close)
+        self._scheduler.owner.stop()
+
+    def check_integrity(self) -> str | None:
+        """Describes the first broken invariant of the engine's state, or returns None."""
+        return self._scheduler.perform(self._scheduler.check_integrity)
 
 
 def _check_model_device(model: Model, device: torch.device) -> None:

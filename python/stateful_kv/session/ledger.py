@@ -35,6 +35,7 @@ class Ledger:
         self._buffer = np.empty(max(_INITIAL_CAPACITY, len(tokens)), dtype=np.int32)
         self._length = 0
         self._records: list[TurnRecord] = []
+        self._revision = 0
         self.append(tokens)
 
     def __len__(self) -> int:
@@ -49,6 +50,11 @@ class Ledger:
     def records(self) -> tuple[TurnRecord, ...]:
         """The finished turns, oldest first."""
         return tuple(self._records)
+
+    @property
+    def revision(self) -> int:
+        """Changes whenever tokens are dropped: a copy made before may hold other ones."""
+        return self._revision
 
     @property
     def num_turns(self) -> int:
@@ -71,7 +77,12 @@ class Ledger:
         self._length = new_length
 
     def end_turn(self, start: int, reply_start: int) -> None:
-        """Records that the tokens [start, len) are one finished turn."""
+        """Records that the tokens [start, len) are one finished turn.
+
+        A record of the same turn is replaced: whoever is interrupted may record it again.
+        """
+        while self._records and self._records[-1].end > start:
+            self._records.pop()
         self._records.append(TurnRecord(start, reply_start, self._length))
 
     def turn_end(self, turn: int) -> int:
@@ -86,6 +97,8 @@ class Ledger:
         """
         if not 0 <= length <= self._length:
             raise ValueError(f"length: expected 0..{self._length}, got {length}")
+        if length < self._length:
+            self._revision += 1
         self._length = length
         while self._records and self._records[-1].end > length:
             self._records.pop()
@@ -95,3 +108,12 @@ class Ledger:
         other = Ledger(self.tokens)
         other._records = list(self._records)
         return other
+
+    def check_integrity(self) -> str | None:
+        """Describes the first record out of order or outside the ledger, or returns None."""
+        end = 0
+        for number, record in enumerate(self._records, start=1):
+            if not end <= record.start <= record.reply_start <= record.end <= self._length:
+                return f"turn {number}: {record} behind {end} in a ledger of {self._length} tokens"
+            end = record.end
+        return None

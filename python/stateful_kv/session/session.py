@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,29 +16,39 @@ from stateful_kv.choosing.sampler import Sampler, draw_seed
 from stateful_kv.errors import (
     ContextLengthError,
     InvalidRequestError,
-    SessionBusyError,
     SessionClosedError,
     require_type,
 )
-from stateful_kv.host import Message, Messages, SessionHost, Tokenizer
+from stateful_kv.session.host import Host
 from stateful_kv.session.ledger import TurnRecord
 from stateful_kv.session.receipts import Reply
-from stateful_kv.session.turn import SessionState, Turn, TurnRequest
+from stateful_kv.session.state import SessionState
+from stateful_kv.session.stream import AsyncTurnStream, TurnStream
+from stateful_kv.session.turn import Basis, Turn, TurnRequest
 from stateful_kv.system.tracing import traced
+from stateful_kv.text.messages import Tokenizer, as_messages
 from stateful_kv.text.stopping import StopRules
-from stateful_kv.types import TokenArray
+from stateful_kv.types import Message, Messages, TokenArray
+
+T = TypeVar("T")
 
 
 class Session:
     """A conversation: a ledger of exact tokens, and its KV in the engine's cache.
 
-    Made by `Engine.session` or `fork`. Use `close` (or a with block) when done. A turn that
-    fails leaves the session as it was before that turn.
+    Made by `Engine.session` or `fork`. Use `close` (or a with block) when done; a session that is
+    dropped is closed too. A turn that fails leaves the session as it was before that turn.
+
+    Any thread may call any method. One turn of a session runs at a time; a call from another
+    thread or asyncio task waits until it has ended. A call that would wait for a stream which the
+    caller itself has open raises SessionBusyError instead.
     """
+
+    _is_made = False  # so that one whose making was interrupted can be dropped
 
     def __init__(
         self,
-        host: SessionHost,
+        host: Host,
         tokenizer: Tokenizer,
         state: SessionState,
         *,
@@ -51,7 +63,8 @@ class Session:
         self._system = system
         self._tools = tools
         self._sampling = sampling
-        self.last_reply: Reply | None = None
+        self._last_reply: Reply | None = None
+        self._is_made = True
 
     def __repr__(self) -> str:
         return f"<Session {self.name!r}: {self.num_turns} turns, {self.num_tokens} tokens>"
@@ -61,6 +74,10 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        if self._is_made and not self._state.is_closed:
+            self._host.post(self._close_dropped)
 
     @property
     def name(self) -> str:
@@ -103,6 +120,11 @@ class Session:
         """True while a turn runs or its stream was not read to the end."""
         return self._state.turn is not None
 
+    @property
+    def last_reply(self) -> Reply | None:
+        """The reply of the last turn; None if that failed, was interrupted or still runs."""
+        return self._last_reply
+
     @traced("turn")
     def turn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
         """Appends a message and generates the reply.
@@ -116,13 +138,11 @@ class Session:
             InvalidRequestError: a malformed message or setting.
             ContextLengthError: the session would not fit into the model's context.
             OutOfPagesError: the KV pool is too small.
-            SessionBusyError: another turn of this session runs, or another thread is stepping.
+            SessionBusyError: the stream of another turn of this session is open.
             SessionClosedError: the session or its engine is closed.
         """
-        with self._host.guard():
-            turn = self.open_turn(message, max_tokens, sampling)
-            self._host.run((turn,))
-            return self.collect(turn)
+        (opened,) = self._host.conduct([self._opener(message, max_tokens, sampling)])
+        return self._collect(opened)
 
     def stream(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> TurnStream:
         """Like `turn`, as an iterator over pieces of the reply's text.
@@ -132,145 +152,262 @@ class Session:
         the tokens whose text was read stay in the session, the others never happened; if none
         was read, neither message nor reply stay.
         """
-        with self._host.guard():
-            turn = self.open_turn(message, max_tokens, sampling, is_streamed=True)
-            return TurnStream(self._host, self, turn)
+        news = threading.Event()
+        open_turn = self._opener(message, max_tokens, sampling, listener=news.set)
+        return TurnStream(self._host, open_turn(), news, self._keep_reply)
+
+    async def aturn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
+        """Like `turn`, for asyncio. Cancelled, it ends the turn within one step: it never was."""
+        turn = await self._open_async(message, max_tokens, sampling, None)
+        try:
+            await asyncio.shield(asyncio.wrap_future(turn.settled))
+        except BaseException as error:
+            cut_off = error
+            self._host.post(lambda: turn.fail(cut_off))
+            raise
+        return self._collect(turn)
+
+    async def astream(
+        self, message: Messages, max_tokens: int = 256, **sampling: Any
+    ) -> AsyncTurnStream:
+        """Like `stream`, for asyncio: `async for piece in await session.astream(...)`.
+
+        A task that is cancelled while it waits for a piece ends the turn within one step: it
+        never was. `aclose` ends it early like `TurnStream.close`.
+        """
+        news = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def listener() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(news.set)
+
+        turn = await self._open_async(message, max_tokens, sampling, listener)
+        return AsyncTurnStream(self._host, turn, news, self._keep_reply)
 
     def fork(self, name: str | None = None) -> Session:
         """Returns an independent session with the same past; shares KV, copies none."""
         require_type("name", name, str, "text", optional=True)
-        with self._host.guard():
-            state = self._require_idle()
-            sequence_id = state.sequence_id
-            child = SessionState(
-                name=name if name is not None else f"{state.name}-fork",
-                ledger=state.ledger.copy(),
-                cache=state.cache,
-                drafter=None if state.drafter is None else state.drafter.fork(),
-                sequence_id=None if sequence_id is None else state.cache.fork(sequence_id),
-                num_stored=state.num_stored,
-                last_used=state.last_used,
-            )
-            self._host.register(child)
-            return Session(
-                self._host,
-                self._tokenizer,
-                child,
-                system=self._system,
-                tools=self._tools,
-                sampling=self._sampling,
-            )
+        return self._when_idle(lambda: self._fork(name))
 
     def rewind(self, turn: int) -> None:
         """Goes back to the end of turn number `turn`; 0 empties the session."""
-        with self._host.guard():
-            state = self._require_idle()
-            _require_count("turn", turn, state.ledger.num_turns, "turns")
-            state.truncate(state.ledger.turn_end(turn))
+
+        def rewind() -> None:
+            ledger = self._state.ledger
+            _require_count("turn", turn, ledger.num_turns, "turns")
+            self._state.truncate(ledger.turn_end(turn))
+
+        self._when_idle(rewind)
 
     def truncate(self, tokens: int) -> None:
         """Keeps the first `tokens` tokens; turns that lose a token are forgotten as turns."""
-        with self._host.guard():
-            state = self._require_idle()
-            _require_count("tokens", tokens, len(state.ledger), "tokens")
-            state.truncate(tokens)
+
+        def truncate() -> None:
+            _require_count("tokens", tokens, len(self._state.ledger), "tokens")
+            self._state.truncate(tokens)
+
+        self._when_idle(truncate)
 
     def suspend(self) -> None:
         """Drops the session's own KV and keeps its tokens.
 
         The next turn takes what the prefix cache still has and computes the rest again.
         """
-        with self._host.guard():
-            self._require_idle().drop_kv()
+        self._when_idle(self._state.drop_kv)
 
     def close(self) -> None:
-        """Ends the session; its prefix stays cached while there is room. Idempotent."""
-        if self._state.is_closed:
-            return
-        with self._host.guard():
-            state = self._state
-            if state.turn is not None:
-                state.turn.cancel()
-            state.is_closed = True
-            state.store(with_partial_page=True)
-            state.drop_kv()
-            state.drafter = None
-            self._host.forget(state)
+        """Ends the session; its prefix stays cached while there is room. Idempotent.
 
-    def open_turn(
+        A stream that is open ends as if it were closed; a `turn` of another thread ends first.
+        """
+        while not self._state.is_closed and not self._host.perform(self._close):
+            self._host.wait_until_idle(self._state)
+
+    def _opener(
         self,
         message: Messages,
         max_tokens: int,
         sampling: Mapping[str, Any],
-        *,
-        is_streamed: bool = False,
+        listener: Callable[[], None] | None = None,
+    ) -> Callable[[], Turn]:
+        """Returns what checks, renders and opens a turn in the calling thread.
+
+        The message is rendered behind the tokens of the session as they are. If another turn was
+        quicker they are others when the request arrives, and it is made anew.
+        """
+
+        def open_turn() -> Turn:
+            while True:
+                self._host.wait_until_idle(self._state)
+                request = self._make_request(message, max_tokens, sampling, listener)
+                turn = self._host.perform(lambda: self._host.open(request))  # noqa: B023
+                if turn is not None:
+                    return turn
+
+        return open_turn
+
+    async def _open_async(
+        self,
+        message: Messages,
+        max_tokens: int,
+        sampling: Mapping[str, Any],
+        listener: Callable[[], None] | None,
     ) -> Turn:
-        """Checks, renders and submits a turn; the engine's half of `turn` and `gather`."""
-        began_at = time.perf_counter()
-        state = self._require_idle()
-        request = self._make_request(message, max_tokens, sampling)
-        delta = self._render(request)
-        length = len(state.ledger) + len(delta)
-        _check_delta(delta, self._host.vocab_size)
-        if length >= self._host.context_len:
-            raise ContextLengthError(
-                f"session {self.name!r}: a prompt of {length} tokens ({len(state.ledger)} before "
-                f"this turn and {len(delta)} new ones) leaves no room for a reply in the context "
-                f"of {self._host.context_len} tokens"
-            )
-        state.cache.check_fits(length)
-        params = request.sampling
-        seed = params.seed
-        if seed is None and not params.greedy:
-            seed = draw_seed()
-        eos = frozenset() if params.ignore_eos else self._tokenizer.eos_token_ids
-        prompt = state.ledger.tokens
-        if params.repetition_penalty != 1.0:
-            prompt = np.concatenate([prompt, delta])
-        turn = Turn.open(
-            state,
-            delta,
-            max_tokens=request.max_tokens,
-            context_len=self._host.context_len,
-            sampler=Sampler(params, seed, self._host.vocab_size, prompt),
-            stops=StopRules(
-                self._tokenizer.stream_decoder(), eos.union(params.stop_token_ids), params.stop
-            ),
-            began_at=began_at,
+        while True:
+            other = self._host.running_turn(self._state)
+            if other is not None and other.request.caller == asyncio.current_task():
+                self._host.wait_until_idle(self._state)  # raises
+            if other is not None:
+                await asyncio.shield(asyncio.wrap_future(other.settled))
+            request = self._make_request(message, max_tokens, sampling, listener)
+            opened = self._host.submit(lambda: self._host.open(request))  # noqa: B023
+            try:
+                turn = await asyncio.shield(asyncio.wrap_future(opened))
+            except BaseException as error:
+                cut_off = error
+
+                def give_up() -> None:
+                    turn = None if opened.exception() else opened.result()
+                    if turn is not None:
+                        turn.fail(cut_off)
+
+                self._host.post(give_up)  # behind the operation that opens it
+                raise
+            if turn is not None:
+                turn.has_reader = listener is not None
+                return turn
+
+    def _when_idle(self, operation: Callable[[], T]) -> T:
+        """Runs an operation when no turn of this session runs."""
+        results: list[T] = []
+
+        def attempt() -> bool:
+            if self._state.is_closed:
+                raise SessionClosedError(f"session {self.name!r} is closed")
+            if not self._state.is_busy:
+                results.append(operation())
+            return bool(results)
+
+        while not self._host.perform(attempt):
+            self._host.wait_until_idle(self._state)
+        return results[0]
+
+    def _fork(self, name: str | None) -> Session:
+        state = self._state
+        has_kv = state.sequence_id is not None and state.has_kv
+        child = SessionState(
+            name=name if name is not None else f"{state.name}-fork",
+            ledger=state.ledger.copy(),
+            cache=state.cache,
+            drafter=None if state.drafter is None else state.drafter.fork(),
+            root=state.root,
         )
-        turn.is_streamed = is_streamed
-        self._host.submit(turn)
-        return turn
+        session = Session(
+            self._host,
+            self._tokenizer,
+            child,
+            system=self._system,
+            tools=self._tools,
+            sampling=self._sampling,
+        )
+        self._host.register(child)
+        if has_kv:
+            assert state.sequence_id is not None
+            child.num_stored = state.num_stored
+            child.sequence_id = state.cache.fork(state.sequence_id)
+            child.rest()
+        return session
 
-    def collect(self, turn: Turn) -> Reply:
-        """Returns the reply of a finished turn and keeps it as last_reply, or raises its error."""
-        self.last_reply = turn.result()
-        return self.last_reply
+    def _close(self) -> bool:
+        """An operation; False if another thread's turn has to end first."""
+        state = self._state
+        if state.is_busy:
+            turn = self._host.running_turn(state)
+            if turn is None or not turn.has_reader:
+                return False
+            turn.cancel()
+        state.store(with_partial_page=True)
+        state.drop_kv()
+        self._host.forget(state)
+        state.is_closed = True
+        return True
 
-    def require_host(self, host: SessionHost) -> None:
+    def _close_dropped(self) -> None:
+        """An operation: nobody has the session any more, nor a stream of it."""
+        turn = self._host.running_turn(self._state)
+        if turn is not None:
+            turn.cancel()
+        if not self._state.is_closed:
+            self._close()
+
+    def _require_host(self, host: Host) -> None:
         """Raises InvalidRequestError unless the session belongs to `host`."""
         if self._host is not host:
             raise InvalidRequestError(f"session {self.name!r}: it belongs to another engine")
 
-    def _require_idle(self) -> SessionState:
-        if self._state.is_closed:
-            raise SessionClosedError(f"session {self.name!r} is closed")
-        if self._state.turn is not None:
-            raise SessionBusyError(
-                f"session {self.name!r} is in the middle of a turn; read its stream to the end "
-                "or close it"
-            )
-        return self._state
+    def _keep_reply(self, reply: Reply | None) -> None:
+        self._last_reply = reply
+
+    def _collect(self, opened: Turn | Exception) -> Reply:
+        """Returns the reply of a settled turn and keeps it as last_reply, or raises its error."""
+        self._last_reply = None
+        if isinstance(opened, Exception):
+            raise opened
+        self._last_reply = opened.result()
+        return self._last_reply
 
     def _make_request(
-        self, message: Messages, max_tokens: int, sampling: Mapping[str, Any]
+        self,
+        message: Messages,
+        max_tokens: int,
+        sampling: Mapping[str, Any],
+        listener: Callable[[], None] | None,
     ) -> TurnRequest:
+        """Checks, renders and tokenises: all that needs no lock."""
+        began_at = time.perf_counter()
+        state = self._state
+        if state.is_closed:
+            raise SessionClosedError(f"session {self.name!r} is closed")
         if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
             raise InvalidRequestError(f"max_tokens: expected an integer >= 1, got {max_tokens!r}")
+        params = self._sampling_for(sampling)
+        basis, tokens = Basis.of(state), state.ledger.tokens
+        delta = self._render(as_messages(message), tokens)
+        length, context_len = basis.length + len(delta), self._host.context_len
+        _check_delta(delta, self._host.vocab_size)
+        if length >= context_len:
+            raise ContextLengthError(
+                f"session {self.name!r}: a prompt of {length} tokens ({basis.length} before "
+                f"this turn and {len(delta)} new ones) leaves no room for a reply in the context "
+                f"of {context_len} tokens"
+            )
+        seed = params.seed
+        if seed is None and not params.greedy:
+            seed = draw_seed()
+        eos = frozenset() if params.ignore_eos else self._tokenizer.eos_token_ids
+        prompt = tokens
+        if params.repetition_penalty != 1.0:
+            prompt = np.concatenate([tokens, delta])
+        stop_ids = eos.union(params.stop_token_ids)
+        return TurnRequest(
+            state=state,
+            basis=basis,
+            delta=delta,
+            max_tokens=max_tokens,
+            context_len=context_len,
+            sampler=Sampler(params, seed, self._host.vocab_size, prompt),
+            stops=StopRules(self._tokenizer.stream_decoder(), stop_ids, params.stop),
+            began_at=began_at,
+            is_streamed=listener is not None,
+            listener=listener,
+        )
+
+    def _sampling_for(self, changes: Mapping[str, Any]) -> SamplingParams:
         params = self._sampling
-        if sampling:
+        if changes:
             try:
-                params = replace(params, **sampling)
+                params = replace(params, **changes)
             except (TypeError, ValueError) as error:
                 raise InvalidRequestError(f"sampling: {error}") from error
         for token in params.stop_token_ids:
@@ -278,95 +415,16 @@ class Session:
                 raise InvalidRequestError(
                     f"stop_token_ids: expected ids below {self._host.vocab_size}, got {token}"
                 )
-        return TurnRequest(_as_messages(message), max_tokens, params)
+        return params
 
     @traced("render")
-    def _render(self, request: TurnRequest) -> TokenArray:
+    def _render(self, messages: Sequence[Message], tokens: TokenArray) -> TokenArray:
         """Tokens of the new messages alone: the history is never rendered again."""
-        ledger = self._state.ledger
-        if len(ledger):
-            return self._tokenizer.render_delta(request.messages, ledger.last_token)
-        messages = request.messages
+        if len(tokens):
+            return self._tokenizer.render_delta(messages, int(tokens[-1]))
         if self._system is not None:
             messages = ({"role": "system", "content": self._system}, *messages)
         return self._tokenizer.render_start(messages, self._tools)
-
-
-class TurnStream(Iterator[str]):
-    """Iterator over the text of a running turn; see `Session.stream`."""
-
-    _turn: Turn | None = None  # so that one whose making was interrupted can be dropped
-
-    def __init__(self, host: SessionHost, session: Session, turn: Turn) -> None:
-        self._host = host
-        self._session = session
-        self._is_collected = False
-        self._turn = turn
-        turn.has_reader = True
-
-    def __next__(self) -> str:
-        turn = self._turn
-        if turn is None or self._is_collected:
-            raise StopIteration
-        with self._host.guard():
-            try:
-                while True:
-                    piece = turn.take_piece()
-                    if piece is not None:
-                        return piece
-                    if turn.is_finished:
-                        break
-                    self._host.step()
-                if turn.reply is None and turn.error is None:
-                    turn.close_books()
-            except BaseException as error:
-                turn.fail(error)
-                raise
-            finally:
-                self._host.settle()
-        self._is_collected = True
-        self._session.collect(turn)
-        raise StopIteration
-
-    def __enter__(self) -> TurnStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the turn early if it still runs. Idempotent; safe to call at any time."""
-        turn = self._turn
-        if turn is None:
-            return
-        turn.cancel_requested = True
-        self._host.settle()
-        if not self._is_collected and turn.reply is not None:
-            self._is_collected = True
-            self._session.last_reply = turn.reply
-
-
-def _as_messages(message: Messages) -> tuple[Message, ...]:
-    items: Sequence[Message]
-    if isinstance(message, str):
-        items = ({"role": "user", "content": message},)
-    elif isinstance(message, Mapping):
-        items = (message,)
-    elif isinstance(message, (list, tuple)) and message:
-        items = message
-    else:
-        raise InvalidRequestError(
-            f"message: expected text, a message or a non-empty list of messages, got {message!r}"
-        )
-    for item in items:
-        if not isinstance(item, Mapping):
-            raise InvalidRequestError(f"message: expected a dict, got {type(item).__name__}")
-        if item.get("role") == "user" and item.get("content") == "":
-            raise InvalidRequestError("message: the content of a user message is empty")
-    return tuple(items)
 
 
 def _check_delta(delta: TokenArray, vocab_size: int) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
+import logging
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
-from stateful_kv.choosing.params import SamplingParams
 from stateful_kv.choosing.sampler import Sampler
-from stateful_kv.drafts.ngram import Drafter
-from stateful_kv.engine.loop.token_store import HistoryRow
-from stateful_kv.errors import InvariantError, OutOfPagesError
-from stateful_kv.kv.cache import KVCache
-from stateful_kv.session.ledger import Ledger
+from stateful_kv.errors import InvariantError, without_frames
 from stateful_kv.session.receipts import (
     FINISH_CANCELLED,
     FINISH_LENGTH,
@@ -23,108 +21,71 @@ from stateful_kv.session.receipts import (
     ReceiptDraft,
     Reply,
 )
+from stateful_kv.session.state import SessionState
 from stateful_kv.system.tracing import traced
 from stateful_kv.text.stopping import StopRules
 from stateful_kv.types import TokenArray
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class TurnRequest:
-    """What a caller asks: messages to append, and how to generate the reply."""
-
-    messages: tuple[Mapping[str, Any], ...]
-    max_tokens: int
-    sampling: SamplingParams
-
-
-@dataclass
-class SessionState:
-    """What lives as long as a session: its ledger, and its KV while it has some.
+class Basis:
+    """The tokens of a session that a request was made for; other ones make it stale.
 
     Attributes:
-        name: a label for people; nothing is looked up by it.
-        ledger: every token of the session.
-        cache: where KV lies.
-        drafter: proposes tokens; None when drafting is off.
-        history: which of the tokens are on the device, for visits.
-        sequence_id: the session's sequence, or None while its KV is dropped.
-        num_stored: tokens of this sequence the prefix tree has been given.
-        turn: the running turn, if any.
-        last_used: engine's step count at the last turn; the order of suspension under pressure.
-        is_closed: no turn may start any more.
+        length: how many there are.
+        revision: see `Ledger.revision`.
     """
 
-    name: str
-    ledger: Ledger
-    cache: KVCache
-    drafter: Drafter | None
-    sequence_id: int | None = None
-    num_stored: int = 0
-    history: HistoryRow = field(default_factory=HistoryRow)
-    turn: Turn | None = None
-    last_used: int = 0
-    is_closed: bool = False
+    length: int
+    revision: int
 
-    @property
-    def committed_len(self) -> int:
-        """Tokens of the ledger that have KV."""
-        return 0 if self.sequence_id is None else self.cache.length(self.sequence_id)
+    @staticmethod
+    def of(state: SessionState) -> Basis:
+        """What a request made now is made for."""
+        return Basis(len(state.ledger), state.ledger.revision)
 
-    def bind(self) -> None:
-        """Makes sure there is a sequence: its own, or a new one on the longest cached prefix.
 
-        The last token is never taken from the cache, since its logits are wanted. A hit that
-        ends inside a page is cut to whole pages where there is no room for that page and the
-        copy that the next token needs: a few tokens known must not be why a prompt does not fit.
-        """
-        if self.sequence_id is None:
-            self.sequence_id, length = self.cache.match_and_adopt(self.ledger.tokens[:-1])
-            self.num_stored = 0
-            if length % self.cache.page_size:
-                try:
-                    self.cache.check_room(self.sequence_id, len(self.ledger) - length)
-                except OutOfPagesError:
-                    whole_pages = length - length % self.cache.page_size
-                    self.cache.truncate(self.sequence_id, whole_pages)
+@dataclass(eq=False)
+class TurnRequest:
+    """What crosses from a caller to the engine: a message that is rendered, tokenised and checked.
 
-    def store(self, *, with_partial_page: bool = False) -> None:
-        """Gives finished pages to the prefix tree; does nothing if it already has them."""
-        if self.sequence_id is None:
-            return
-        length = self.cache.length(self.sequence_id)
-        if not with_partial_page:
-            length -= length % self.cache.page_size
-        if length > self.num_stored:
-            self.num_stored = self.cache.insert(
-                self.sequence_id, self.ledger.tokens, with_partial_page=with_partial_page
-            )
+    Attributes:
+        state: the session.
+        basis: the tokens of the session that the message was rendered behind.
+        delta: int32[T], the tokens to append.
+        max_tokens: longest reply.
+        context_len: tokens a session may hold.
+        sampler: how tokens are chosen.
+        stops: what ends the reply.
+        began_at: when the caller asked, by `time.perf_counter`.
+        is_streamed: the text is read while the turn runs.
+        listener: called after each step of the turn and at its end, by whoever steps.
+        caller: the thread or task that asked, which must not wait for this turn's end by other
+            calls; see `current_caller`.
+    """
 
-    def share_tail(self) -> None:
-        """Makes the tokens behind the last full page matchable too; costs a copy of one page."""
-        if self.sequence_id is not None:
-            self.cache.insert_tail_copy(self.sequence_id, self.ledger.tokens)
+    state: SessionState
+    basis: Basis
+    delta: TokenArray
+    max_tokens: int
+    context_len: int
+    sampler: Sampler
+    stops: StopRules
+    began_at: float
+    is_streamed: bool = False
+    listener: Callable[[], None] | None = None
+    caller: object = field(default_factory=lambda: current_caller())
 
-    def drop_kv(self) -> None:
-        """Releases the sequence; the ledger stays and the next turn rebuilds what it needs."""
-        sequence_id, self.sequence_id = self.sequence_id, None
-        self.num_stored = 0
-        if sequence_id is not None:
-            self.cache.release(sequence_id)
 
-    def truncate(self, length: int) -> None:
-        """Drops the tokens from `length` on, with their KV and every reservation."""
-        self.ledger.truncate(length)
-        self.history.truncate(length)
-        if self.drafter is not None:
-            self.drafter.truncate(length)
-        if self.sequence_id is None:
-            return
-        if length == 0:
-            self.drop_kv()
-        else:
-            length = min(length, self.cache.length(self.sequence_id))
-            self.cache.truncate(self.sequence_id, length)
-            self.num_stored = min(self.num_stored, length)
+def current_caller() -> object:
+    """The running asyncio task, or else the number of the running thread."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return threading.get_ident() if task is None else task
 
 
 class TurnPhase(enum.Enum):
@@ -136,79 +97,121 @@ class TurnPhase(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What a turn that fails goes back to."""
+class Reader:
+    """The text of a running turn that was not read yet; written by one thread, read by another.
 
-    length: int
-    committed_len: int | None
+    Attributes:
+        num_pieces: pieces that were read.
+        num_tokens: tokens of the reply up to the end of the last piece that was read.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is there, nothing was read."""
+        self._lock = threading.Lock()
+        self._unread: deque[tuple[str, int]] = deque()
+        self.num_pieces = 0
+        self.num_tokens = 0
+
+    def put(self, text: str, num_tokens: int) -> None:
+        """Adds a piece that ends with the reply's token number `num_tokens`."""
+        self._unread.append((text, num_tokens))
+
+    def take(self) -> str | None:
+        """The next piece, or None if there is none yet."""
+        with self._lock:
+            if not self._unread:
+                return None
+            text, num_tokens = self._unread[0]
+            # Counted as read before it leaves: whoever is interrupted here ends the turn anyway.
+            self.num_pieces, self.num_tokens = self.num_pieces + 1, num_tokens
+            self._unread.popleft()
+            return text
+
+    def close(self) -> tuple[int, int]:
+        """Nothing can be read any more; returns the pieces and the tokens that were."""
+        with self._lock:
+            self._unread.clear()
+            return self.num_pieces, self.num_tokens
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
     """The state of one running turn; nothing here outlives it but the reply.
 
     The ledger grows as tokens are accepted. `fail` takes everything back to the turn's start;
-    `cancel` keeps what was shown. Either way, and at a regular end, the turn reaches FINISHED
-    exactly once and the session is free for the next one.
+    `cancel` keeps what was read. Either way, and at a regular end, the turn is settled exactly
+    once and the session is free for the next one. Each of the three may be interrupted and called
+    again.
 
     The text of a streamed turn is read piece by piece while it runs; its books are closed only
     when the reader asks for a piece after the last one. So what an early end of the stream keeps
     depends on what was read alone, not on how many tokens a step accepted.
+
+    Attributes:
+        request: what was asked.
+        start: tokens of the session before the turn.
+        start_committed: of these, those with KV; None if there was no sequence.
+        receipt: what was done so far.
+        output: tokens of the reply.
+        pieces: its text.
+        reader: the part of the text that is to be read.
+        is_accepting: tokens are being added; a turn that is interrupted meanwhile must fail.
+        is_settled: there is a reply or an error, and the session is free.
+        settled: has a result from then on, for who waits in another thread.
     """
 
-    state: SessionState
-    max_tokens: int
-    context_len: int
-    sampler: Sampler
-    stops: StopRules
-    start: _Start
-    began_at: float
+    request: TurnRequest
+    start: int
+    start_committed: int | None
     receipt: ReceiptDraft
     phase: TurnPhase = TurnPhase.QUEUED
     output: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
-    unread: deque[tuple[str, int]] = field(default_factory=deque)
-    num_shown: int = 0
+    reader: Reader = field(default_factory=Reader)
     finish_reason: str = ""
-    is_streamed: bool = False
     has_reader: bool = False
-    cancel_requested: bool = False
+    is_accepting: bool = False
+    is_settled: bool = False
     waits_for: tuple[Turn, int] | None = None
     reply: Reply | None = None
     error: BaseException | None = None
+    settled: Future[None] = field(default_factory=Future)
 
     @staticmethod
-    def open(
-        state: SessionState,
-        delta: TokenArray,
-        *,
-        max_tokens: int,
-        context_len: int,
-        sampler: Sampler,
-        stops: StopRules,
-        began_at: float,
-    ) -> Turn:
-        """Appends the rendered message to the ledger and makes the session busy."""
-        has_kv = state.sequence_id is not None
-        start = _Start(len(state.ledger), state.committed_len if has_kv else None)
+    def of(request: TurnRequest) -> Turn:
+        """A turn that has changed nothing yet."""
+        state = request.state
         receipt = ReceiptDraft(
-            prompt_tokens=start.length + len(delta),
-            seed=sampler.seed,
-            host_s=time.perf_counter() - began_at,
+            prompt_tokens=request.basis.length + len(request.delta),
+            seed=request.sampler.seed,
+            host_s=time.perf_counter() - request.began_at,
         )
-        turn = Turn(state, max_tokens, context_len, sampler, stops, start, began_at, receipt)
-        try:
-            state.ledger.append(delta)
-            state.turn = turn
-        except BaseException as error:
-            turn.fail(error)
-            raise
-        return turn
+        committed = state.committed_len if state.has_kv else None
+        return Turn(request, len(state.ledger), committed, receipt)
+
+    def begin(self) -> None:
+        """Makes the session busy and appends the message; the turn is known to the engine."""
+        self.state.is_busy = True
+        self.state.ledger.append(self.request.delta)
+
+    @property
+    def state(self) -> SessionState:
+        """The session."""
+        return self.request.state
+
+    @property
+    def sampler(self) -> Sampler:
+        """How tokens are chosen."""
+        return self.request.sampler
+
+    @property
+    def stops(self) -> StopRules:
+        """What ends the reply."""
+        return self.request.stops
 
     @property
     def is_finished(self) -> bool:
-        """True once there is a reply or an error."""
+        """True when no step is left to take."""
         return self.phase is TurnPhase.FINISHED
 
     @property
@@ -219,62 +222,58 @@ class Turn:
     @property
     def has_just_started_session(self) -> bool:
         """True when exactly the first prompt of a session has KV."""
-        return self.start.length == 0 and self.state.committed_len == self.prompt_len
+        return self.start == 0 and self.state.committed_len == self.prompt_len
 
     @property
     def num_left(self) -> int:
         """Tokens the reply may still get."""
-        return min(self.max_tokens - len(self.output), self.context_len - len(self.state.ledger))
+        in_context = self.request.context_len - len(self.state.ledger)
+        return min(self.request.max_tokens - len(self.output), in_context)
 
     @traced("admit")
     def admit(self) -> None:
         """Binds a sequence; from here on the turn has rows in every step."""
         self.state.bind()
-        committed = self.state.committed_len
-        if self.phase is TurnPhase.QUEUED and not self.output:
-            self.receipt.reused_tokens = committed
+        if not self.output:
+            self.receipt.reused_tokens = self.state.committed_len
         self.phase = TurnPhase.EXTENDING
 
-    def requeue(self) -> None:
-        """Drops the sequence of a running turn whose KV can no longer be trusted."""
-        self.state.drop_kv()
-        self.phase = TurnPhase.QUEUED
-
-    def accept(self, tokens: list[int]) -> int:
+    def accept(self, tokens: Sequence[int]) -> int:
         """Adds chosen tokens to reply and ledger until one ends the reply.
 
         Returns:
             How many were taken.
         """
         if not self.output:
-            self.receipt.ttft_s = time.perf_counter() - self.began_at
-        for count, token in enumerate(tokens, start=1):
-            self.state.ledger.append((token,))
+            self.receipt.ttft_s = time.perf_counter() - self.request.began_at
+        num_left = self.num_left
+        taken = 0
+        for token in tokens:
+            taken += 1
             self.output.append(token)
             self.sampler.note(token)
             text, stopped = self.stops.push(token)
             self._show(text)
             if stopped:
                 self.finish(FINISH_STOP)
-            elif self.num_left <= 0:
+            elif taken >= num_left:
                 text, stopped = self.stops.flush()
                 self._show(text)
                 self.finish(FINISH_STOP if stopped else FINISH_LENGTH)
             if self.is_finished:
-                return count
-        return len(tokens)
+                break
+        self.state.ledger.append(tokens[:taken])
+        return taken
 
     def finish(self, reason: str) -> None:
-        """Marks the reply as complete; `close_books` writes it out once KV is committed."""
+        """No step is left to take; `close_books` makes the reply once KV is committed."""
         self.finish_reason = reason
         self.phase = TurnPhase.FINISHED
 
-    def end_step(
+    def count_steps(
         self, *, num_steps: int, num_prompt_rows: int, forward_s: float, host_s: float
     ) -> None:
-        """Writes committed steps into the receipt; closes the books if they ended the turn."""
-        if self.error is not None:
-            return
+        """Writes committed steps into the receipt."""
         self.receipt.steps += num_steps
         self.receipt.host_s += host_s
         self.receipt.computed_tokens += num_prompt_rows
@@ -282,100 +281,95 @@ class Turn:
             self.receipt.prefill_s += forward_s
         else:
             self.receipt.decode_s += forward_s
-        if self.is_finished and not self.is_streamed:
-            try:
-                self.close_books()
-            except Exception as error:
-                self.fail(error)
-            except BaseException as error:
-                self.fail(error)
-                raise
 
     def close_books(self) -> None:
-        """Records the finished turn in the ledger, stores its pages and makes the reply."""
+        """Stores the pages of the finished turn, makes the reply and records the turn."""
+        if self.is_settled:
+            return
         state = self.state
-        state.ledger.end_turn(self.start.length, self.prompt_len)
         state.store()
         held = 0 if state.sequence_id is None else state.cache.num_pages_of(state.sequence_id)
-        receipt = self.receipt.finish(
-            output_tokens=len(self.output),
-            total_s=time.perf_counter() - self.began_at,
-            pages_held=held,
+        reply = Reply(
+            "".join(self.pieces),
+            list(self.output),
+            self.finish_reason,
+            self.receipt.finish(
+                output_tokens=len(self.output),
+                total_s=time.perf_counter() - self.request.began_at,
+                pages_held=held,
+            ),
         )
-        text = "".join(self.pieces)
-        self.reply = Reply(text, list(self.output), self.finish_reason, receipt)
-        state.turn = None
+        state.rest()
+        state.ledger.end_turn(self.start, self.prompt_len)
+        self._settle(reply)
 
     def cancel(self) -> None:
         """Ends the turn early: the tokens whose text was read stay, the rest never happened.
 
         A turn of which nothing was read leaves no trace in the ledger.
         """
-        if self.reply is not None or self.error is not None:
+        if self.is_settled:
             return
-        kept = self.num_shown
-        self.state.truncate(self.prompt_len + kept if kept else self.start.length)
-        del self.output[kept:]
-        shown = len(self.pieces) - len(self.unread)
-        del self.pieces[shown:]
-        self.unread.clear()
+        num_pieces, kept = self.reader.close()
         self.finish(FINISH_CANCELLED)
+        del self.output[kept:]
+        del self.pieces[num_pieces:]
         if kept:
+            self.state.truncate(self.prompt_len + kept)
             self.close_books()
-        else:
-            self._restore_kv()
-            self.state.turn = None
-            receipt = self.receipt.finish(
-                output_tokens=0, total_s=time.perf_counter() - self.began_at, pages_held=0
-            )
-            self.reply = Reply("", [], FINISH_CANCELLED, receipt)
+            return
+        self._roll_back()
+        total_s = time.perf_counter() - self.request.began_at
+        receipt = self.receipt.finish(output_tokens=0, total_s=total_s, pages_held=0)
+        self._settle(Reply("", [], FINISH_CANCELLED, receipt))
 
     def fail(self, error: BaseException) -> None:
         """Ends the turn with an error; ledger and sequence are as they were at its start."""
-        if self.reply is not None or self.error is not None:
+        if self.is_settled:
             return
-        self.error = error
-        self._roll_back()
-
-    def abandon(self, error: BaseException) -> None:
-        """Like `fail`, for a turn that was interrupted anywhere, in its own end too."""
-        if self.reply is None:
-            self.error = self.error or error
-            self._roll_back()
-        self.state.turn = None
-
-    def _roll_back(self) -> None:
+        if self.error is None:
+            _log.debug("session %r: a turn fails", self.state.name, exc_info=error)
+            # Without its frames: they would keep alive whatever a step had in hand.
+            self.error = without_frames(error)
         self.phase = TurnPhase.FINISHED
-        self.unread.clear()
-        self.state.truncate(self.start.length)
-        self._restore_kv()
-        self.state.turn = None
-
-    def take_piece(self) -> str | None:
-        """Returns the next piece of text that was not read yet, or None."""
-        if not self.unread:
-            return None
-        text, self.num_shown = self.unread.popleft()
-        return text
+        self.reader.close()
+        self._roll_back()
+        self._settle(None)
 
     def result(self) -> Reply:
-        """Returns the reply of a finished turn, or raises its error."""
+        """Returns the reply of a settled turn, or raises its error."""
         if self.error is not None:
             raise self.error
         if self.reply is None:
             raise InvariantError(f"session {self.state.name!r}: the turn is not finished")
         return self.reply
 
-    def _restore_kv(self) -> None:
-        if self.start.committed_len is None:
-            self.state.drop_kv()
-        elif self.state.sequence_id is not None:
-            state = self.state
-            length = min(self.start.committed_len, state.committed_len)
-            state.cache.truncate(self.state.sequence_id, length)
-            state.num_stored = min(state.num_stored, length)
+    def notify(self) -> None:
+        """Tells who waits that something may have changed."""
+        if self.request.listener is not None:
+            self.request.listener()
+
+    def _roll_back(self) -> None:
+        """Ledger and KV as before the turn."""
+        state = self.state
+        if self.start_committed is None:
+            state.drop_kv()
+        else:
+            state.truncate_kv(self.start_committed)
+        state.truncate(self.start)
+        state.rest()
+
+    def _settle(self, reply: Reply | None) -> None:
+        state = self.request.state
+        # Nothing can come between these three: there is no call among them.
+        self.reply = reply
+        state.is_busy = False
+        self.is_settled = True
+        if not self.settled.done():
+            self.settled.set_result(None)
+        self.notify()
 
     def _show(self, text: str) -> None:
         if text:
             self.pieces.append(text)
-            self.unread.append((text, len(self.output)))
+            self.reader.put(text, len(self.output))

@@ -22,8 +22,11 @@ from stateful_kv.choosing.sampler import MAX_TOP_K
 from stateful_kv.drafts.policy import MAX_MATCH, MIN_MATCH
 from stateful_kv.engine.loop.graphs import GraphRecorder
 from stateful_kv.engine.loop.state import NUM_COUNTS, NUM_STOP_IDS, LoopShape, LoopState
-from stateful_kv.engine.loop.token_store import HistoryRow, HistoryStore
-from stateful_kv.engine.step import Model
+from stateful_kv.engine.batching import RowPlan
+from stateful_kv.engine.loop.token_store import StoredTokens, TokenStore
+from stateful_kv.choosing.verify import NOTHING_CHOSEN, Outcome
+from stateful_kv.session.ledger import Ledger
+from stateful_kv.models.protocol import Model
 from stateful_kv.kv.batch import Batch
 from stateful_kv.kv.cache import KVCache
 from stateful_kv.system.device import to_device, to_host
@@ -34,45 +37,40 @@ MIN_PAGES = 16  # a shape has room for: to record one takes longer than to look 
 
 
 @dataclass(frozen=True)
-class LoopSequence:
+class LoopRow:
     """A sequence that goes into the loop; its last token is pending, all others have KV.
 
     Attributes:
-        tokens: all of them.
-        history: where they are on the device.
+        plan: what it feeds in the first step: the pending token and the host's draft, if any.
         pages: int32[pages], page ids, those reserved included.
         kv_limit: tokens whose KV there is room for.
-        num_left: tokens the reply may still get.
-        can_draft: whether to draft.
-        sampling: how tokens are chosen; no penalties.
-        seed: of the random numbers, where they are needed.
-        stop_ids: tokens that end the reply.
+        can_draft: whether to draft in further steps.
     """
 
-    tokens: TokenArray
-    history: HistoryRow
+    plan: RowPlan
     pages: Tensor
     kv_limit: int
-    num_left: int
     can_draft: bool
-    sampling: SamplingParams
-    seed: int | None
-    stop_ids: frozenset[int]
 
+    @property
+    def ledger(self) -> Ledger:
+        """Its tokens."""
+        return self.plan.turn.state.ledger
 
-class LoopStep(NamedTuple):
-    """What one step gave a sequence: new tokens, and of the draft how much there was and agreed."""
+    @property
+    def start(self) -> int:
+        """How many tokens it has before the first step."""
+        return len(self.ledger)
 
-    tokens: list[int]
-    num_drafted: int
-    num_accepted: int
+    @property
+    def num_left(self) -> int:
+        """Tokens the reply may still get."""
+        return self.plan.turn.num_left
 
-
-class LoopOutcome(NamedTuple):
-    """The steps of a sequence, and whether they ended at logits from which nothing can follow."""
-
-    steps: list[LoopStep]
-    has_bad_logits: bool
+    @property
+    def sampling(self) -> SamplingParams:
+        """How tokens are chosen; no penalties."""
+        return self.plan.sampler.params
 
 
 @dataclass
@@ -99,21 +97,21 @@ class DeviceLoop:
             model: computes logits.
             cache: where KV lies.
             context_len: most tokens of a session.
-            max_steps: steps of a visit.
+            max_steps: steps before the host looks, at most.
         """
         self._model = model
         self._cache = cache
         self._max_steps = max_steps
         # The pending token has no KV: there may be one more than the pool holds.
         capacity = min(context_len, cache.num_pages * cache.page_size) + 1
-        self._store = HistoryStore(capacity, cache.device)
+        self._store = TokenStore(capacity, cache.device)
         self._graphs = GraphRecorder(cache.device)
         self._recorded: OrderedDict[LoopShape, _Recorded] = OrderedDict()
         self.num_uploaded = 0
 
     def run(
-        self, sequences: Sequence[LoopSequence], max_draft: int, num_steps: int
-    ) -> list[LoopOutcome]:
+        self, sequences: Sequence[LoopRow], max_draft: int, num_steps: int
+    ) -> list[list[Outcome]]:
         """Takes steps of all sequences; each ends for itself, where its reply or its room ends.
 
         KV of the new tokens is written into the reserved pages. Nothing of the host changes but
@@ -123,6 +121,10 @@ class DeviceLoop:
             sequences: distinct, at least one.
             max_draft: tokens drafted at most in a step.
             num_steps: at most `max_steps`.
+
+        Returns:
+            What each step gave each sequence; an outcome without tokens at the end where none can
+            be chosen from the logits.
         """
         with torch.inference_mode():
             recorded = self._recorded_for(_shape_of(sequences, max_draft))
@@ -135,10 +137,13 @@ class DeviceLoop:
                     self._step(state)
                 state.trace[step].copy_(state.progress)
             trace, tokens = self._download(state, num_steps)
-        outcomes = []
         for index, sequence in enumerate(sequences):
-            outcomes.append(_outcome(index, len(sequence.tokens), trace, tokens))
-        return outcomes
+            num_new = int(trace[-1, index]) - sequence.start
+            self._store.row_of(sequence.ledger).chosen = tokens[index, :num_new]
+        return [
+            _outcomes(index, sequence.start, trace, tokens)
+            for index, sequence in enumerate(sequences)
+        ]
 
     def _recorded_for(self, shape: LoopShape) -> _Recorded:
         """The state of a shape and its step, made now if need be, of zeros: no sequence runs."""
@@ -167,6 +172,12 @@ class DeviceLoop:
                 state["lengths"],
             )
             num_draft = torch.minimum(num_draft, state["draft_limits"])
+            # The host's draft, in the first step alone.
+            num_given = state["num_given"]
+            is_given = num_given > 0
+            draft_ids = torch.where(is_given[:, None], state["given_ids"], draft_ids)
+            num_draft = torch.where(is_given, num_given, num_draft)
+            num_given.zero_()
         rows = ops.fill_rows(
             state.history,
             state["lengths"],
@@ -218,33 +229,35 @@ class DeviceLoop:
             min_p,
         )
 
-    def _upload(self, state: LoopState, sequences: Sequence[LoopSequence]) -> None:
+    def _upload(self, state: LoopState, sequences: Sequence[LoopRow]) -> None:
         """Sends what is new of the tokens and what differs of the rest, in one copy."""
-        self._store.place([sequence.history for sequence in sequences])
-        _describe(state, sequences, self._store.spare_slot)
+        stored = [self._store.row_of(sequence.ledger) for sequence in sequences]
+        self._store.place(stored)
+        slots = [row.slot for row in stored]
+        _describe(state, sequences, slots, self._store.spare_slot)
         places, values = state.ints.changes()
-        new_places, new_tokens = self._new_tokens(sequences)
+        new_places, new_tokens = self._new_tokens(sequences, stored)
         self.num_uploaded += len(values) + len(new_tokens)
         arrays = (new_places, new_tokens, places, values)
         device_arrays = to_device([torch.from_numpy(one) for one in arrays], self._cache.device)
         self._store.tokens.view(-1).index_copy_(0, *device_arrays[:2])
         state.ints.buffer.index_copy_(0, *device_arrays[2:])
         state.ints.confirm()
-        for sequence in sequences:
-            sequence.history.length = len(sequence.tokens)
+        for sequence, row in zip(sequences, stored, strict=True):
+            row.length = sequence.start
         length = state.history.shape[1]
         torch.index_select(self._store.tokens[:, :length], 0, state.slots, out=state.history)
 
     def _new_tokens(
-        self, sequences: Sequence[LoopSequence]
+        self, sequences: Sequence[LoopRow], stored: Sequence[StoredTokens]
     ) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], TokenArray]:
         """Tokens that the store lacks, and where they go in it."""
         places, tokens = [], []
-        for sequence in sequences:
-            known, end = sequence.history.length, len(sequence.tokens)
-            start = sequence.history.slot * self._store.capacity
-            places.append(np.arange(start + known, start + end, dtype=np.int64))
-            tokens.append(sequence.tokens[known:])
+        for sequence, row in zip(sequences, stored, strict=True):
+            start = row.slot * self._store.capacity
+            begin, end = start + row.length, start + sequence.start
+            places.append(np.arange(begin, end, dtype=np.int64))
+            tokens.append(sequence.ledger.tokens[row.length :])
         return np.concatenate(places), np.concatenate(tokens)
 
     def _download(
@@ -260,7 +273,7 @@ class DeviceLoop:
         return trace.numpy(), tokens.numpy()
 
 
-def _shape_of(sequences: Sequence[LoopSequence], max_draft: int) -> LoopShape:
+def _shape_of(sequences: Sequence[LoopRow], max_draft: int) -> LoopShape:
     num_pages = max(len(sequence.pages) for sequence in sequences)
     return LoopShape(
         num_sequences=rounded_up(len(sequences)),
@@ -275,7 +288,9 @@ def rounded_up(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _describe(state: LoopState, sequences: Sequence[LoopSequence], spare_slot: int) -> None:
+def _describe(
+    state: LoopState, sequences: Sequence[LoopRow], slots: Sequence[int], spare_slot: int
+) -> None:
     """Writes down what is wanted on the device; places without a sequence do not run."""
     wanted = state.ints.wanted
     num = len(sequences)
@@ -283,41 +298,48 @@ def _describe(state: LoopState, sequences: Sequence[LoopSequence], spare_slot: i
     wanted["counts"][:] = 0
     wanted["num_left"][num:] = 0
     wanted["slots"].view(np.int64)[num:] = spare_slot
-    for index, one in enumerate(sequences):
-        wanted["slots"].view(np.int64)[index] = one.history.slot
-        wanted["lengths"][index] = wanted["starts"][index] = len(one.tokens)
-        wanted["num_left"][index] = one.num_left
-        wanted["kv_limits"][index] = one.kv_limit
-        wanted["draft_limits"][index] = state.shape.max_draft if one.can_draft else 0
-        wanted["page_table"][index, : len(one.pages)] = one.pages.numpy()
-        stops = sorted(one.stop_ids)[:NUM_STOP_IDS]
+    if state.shape.max_draft:
+        state.ints.forget("num_given")
+        wanted["num_given"][:] = 0
+    for index, sequence in enumerate(sequences):
+        wanted["slots"].view(np.int64)[index] = slots[index]
+        wanted["lengths"][index] = wanted["starts"][index] = sequence.start
+        wanted["num_left"][index] = sequence.num_left
+        wanted["kv_limits"][index] = sequence.kv_limit
+        wanted["draft_limits"][index] = state.shape.max_draft if sequence.can_draft else 0
+        wanted["page_table"][index, : len(sequence.pages)] = sequence.pages.numpy()
+        stops = sorted(sequence.plan.turn.stops.stop_token_ids)[:NUM_STOP_IDS]
         wanted["stop_ids"][index] = -1
         wanted["stop_ids"][index, : len(stops)] = stops
+        if state.shape.max_draft:
+            given = sequence.plan.draft_ids[: state.shape.max_draft]
+            wanted["num_given"][index] = len(given)
+            wanted["given_ids"][index, : len(given)] = given
         if state.shape.is_sampled:
-            params = one.sampling
-            wanted["seeds"].view(np.uint64)[index] = one.seed or 0
+            params = sequence.sampling
+            wanted["seeds"].view(np.uint64)[index] = sequence.plan.sampler.seed or 0
             wanted["top_k"][index] = min(params.top_k, MAX_TOP_K)
             filters = (params.temperature, params.top_p, params.min_p)
             wanted["filters"].view(np.float32)[:, index] = filters
 
 
-def _outcome(
+def _outcomes(
     index: int,
     start: int,
     trace: np.ndarray[tuple[int, int], np.dtype[np.int32]],
     tokens: TokenArray,
-) -> LoopOutcome:
+) -> list[Outcome]:
     """Takes the trace of one sequence apart, step by step."""
     num_sequences = trace.shape[1] // (2 + NUM_COUNTS)
     lengths, num_left = trace[:, index], trace[:, num_sequences + index]
     first_count = 2 * num_sequences + NUM_COUNTS * index
     counts = trace[:, first_count : first_count + NUM_COUNTS]
-    steps: list[LoopStep] = []
+    outcomes: list[Outcome] = []
     before, counts_before = start, np.zeros(NUM_COUNTS, dtype=np.int32)
     for length, now in zip(lengths.tolist(), counts, strict=True):
         num_steps, num_drafted, num_accepted = (now - counts_before).tolist()
-        if num_steps:
+        if num_steps and length > before:
             new = tokens[index, before - start : length - start].tolist()
-            steps.append(LoopStep(new, num_drafted, num_accepted))
+            outcomes.append(Outcome(new, num_drafted, num_accepted))
         before, counts_before = length, now
-    return LoopOutcome(steps, bool(num_left[-1] < 0))
+    return [*outcomes, NOTHING_CHOSEN] if num_left[-1] < 0 else outcomes

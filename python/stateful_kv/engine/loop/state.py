@@ -112,7 +112,7 @@ class LoopState:
         Args:
             shape: the shape.
             capacity: L, tokens of a sequence; at least its KV and one more.
-            max_steps: steps of a visit.
+            max_steps: steps before the host looks, at most.
             device: where.
         """
         num = shape.num_sequences
@@ -127,6 +127,8 @@ class LoopState:
                 "starts": (num,),
                 "kv_limits": (num,),
                 "draft_limits": (num,),
+                "num_given": (num,),
+                "given_ids": (num, shape.max_draft),
                 "stop_ids": (num, NUM_STOP_IDS),
                 "top_k": (num,),
                 "filters": (3, num),  # float32: temperature, top_p, min_p

@@ -1,0 +1,280 @@
+"""The queue of turns: opens them, advances them step by step, and ends them.
+
+Everything that changes a session happens in an operation of `Owner`, one at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+from stateful_kv.engine.config import EngineConfig
+from stateful_kv.engine.multi_step import MultiStep
+from stateful_kv.engine.step import Stepper
+from stateful_kv.engine.thread import Owner
+from stateful_kv.errors import InvariantError, SessionBusyError, SessionClosedError
+from stateful_kv.kv.cache import KVCache
+from stateful_kv.models.protocol import Model
+from stateful_kv.session.state import SessionState
+from stateful_kv.session.turn import Basis, Turn, TurnRequest, current_caller
+from stateful_kv.system.tracing import traced
+
+T = TypeVar("T")
+
+
+class Scheduler:
+    """Hosts the sessions of one engine; see `session.host.Host`.
+
+    Attributes:
+        owner: runs the operations.
+        sessions: those that are open.
+        turns: those that are open, in the order in which they came.
+        stepper: takes steps.
+        multi_step: takes several at once.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, config: EngineConfig) -> None:
+        self.owner = Owner(self)
+        self.cache = cache
+        self.sessions: list[SessionState] = []
+        self.turns: list[Turn] = []
+        self.stepper = Stepper(model, cache, config.max_batch_tokens)
+        self.multi_step = MultiStep(self.stepper, model, cache, config)
+        self.is_closed = False
+        self._vocab_size = model.config.vocab_size
+        self._context_len = model.config.max_position
+        # Calls of the thread that does the work itself which wait for turns of theirs.
+        self._num_conducting = 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of a row of logits."""
+        return self._vocab_size
+
+    @property
+    def context_len(self) -> int:
+        """Tokens a session may hold."""
+        return self._context_len
+
+    # ---- for callers, from any thread ----
+
+    def perform(self, operation: Callable[[], T]) -> T:
+        """Runs an operation when its turn comes; returns or raises what it does."""
+        return self.owner.perform(operation)
+
+    def submit(self, operation: Callable[[], T]) -> Future[T]:
+        """Hands an operation to the engine's thread, which is started if need be."""
+        self.owner.start()
+        return self.owner.submit(operation)
+
+    def post(self, operation: Callable[[], object]) -> None:
+        """Leaves an operation to be run soon and returns at once; safe in destructors."""
+        self.owner.post(operation)
+
+    def conduct(self, openers: Sequence[Callable[[], Turn]]) -> list[Turn | Exception]:
+        """Opens turns and returns when all of them are settled.
+
+        If that is interrupted, none of them ever happened.
+        """
+        opened: list[Turn | Exception] = []
+        is_counted = self.owner.is_inline()
+        self._num_conducting += is_counted
+        try:
+            for opener in openers:
+                try:
+                    opened.append(opener())
+                except Exception as error:
+                    opened.append(error)
+            for turn in opened:
+                if isinstance(turn, Turn):
+                    self._wait_until_settled(turn)
+        except BaseException as error:
+            for turn in opened:
+                if isinstance(turn, Turn):
+                    self._give_up(turn, error)
+            raise
+        finally:
+            self._num_conducting -= is_counted
+        return opened
+
+    def wait_for_news(self, news: threading.Event) -> None:
+        """Returns when there may be something new of a turn, whose listener sets `news`."""
+        if self.owner.is_inline():
+            self.owner.run(self.step)
+        else:
+            news.wait()
+        news.clear()
+
+    def running_turn(self, state: SessionState) -> Turn | None:
+        """The turn that makes a session busy."""
+        return next((turn for turn in self.turns if turn.state is state), None)
+
+    def wait_until_idle(self, state: SessionState) -> None:
+        """Returns when no turn of the session runs.
+
+        Raises:
+            SessionBusyError: that would never be: the caller itself has the stream of a turn.
+        """
+        if not state.is_busy:
+            return
+        turn = self.running_turn(state)
+        if self.owner.is_inline() or (turn and turn.request.caller == current_caller()):
+            raise SessionBusyError(
+                f"session {state.name!r} is in the middle of a turn; read its stream to the end "
+                "or close it"
+            )
+        if turn is not None:
+            turn.settled.result()
+
+    # ---- operations ----
+
+    def open(self, request: TurnRequest) -> Turn | None:
+        """Begins a turn; None if the request is stale, or another turn of the session runs.
+
+        Raises:
+            SessionClosedError: the session or the engine is closed.
+            OutOfPagesError: the prompt can never fit into the KV pool.
+        """
+        state = request.state
+        self.require_open()
+        if state.is_closed:
+            raise SessionClosedError(f"session {state.name!r} is closed")
+        if state.is_busy or request.basis != Basis.of(state):
+            return None
+        self.cache.check_fits(request.basis.length + len(request.delta))
+        turn = Turn.of(request)
+        self.turns.append(turn)
+        try:
+            turn.begin()
+        except Exception as error:
+            turn.fail(error)
+            raise
+        return turn
+
+    def register(self, state: SessionState) -> None:
+        """Makes a session known."""
+        self.require_open()
+        self.sessions.append(state)
+
+    def forget(self, state: SessionState) -> None:
+        """Forgets a closed session."""
+        self.sessions = [other for other in self.sessions if other is not state]
+
+    @traced("step")
+    def step(self) -> bool:
+        """Runs one step of all open turns.
+
+        Returns:
+            False when there was nothing to compute.
+
+        Raises:
+            InvariantError: the step changed nothing; all that were in it have failed.
+        """
+        self.require_open()
+        running = [turn for turn in self.turns if not turn.is_finished]
+        if not running:
+            return False
+        before = [_progress(turn) for turn in running]
+        self.multi_step.advance(running)
+        if before == [_progress(turn) for turn in running]:
+            error = InvariantError("no turn can make progress")
+            for turn in running:
+                turn.fail(error)
+            raise error
+        for turn in running:
+            turn.notify()
+        self._prune()
+        return True
+
+    def close(self) -> None:
+        """Ends all turns, closes all sessions and empties the cache; may be repeated."""
+        for turn in self.turns:
+            if turn.has_reader:
+                turn.cancel()
+            else:
+                turn.fail(SessionClosedError("the engine was closed"))
+        for state in self.sessions:
+            state.drop_kv()
+            state.is_closed = True
+        self.cache.evict_all()
+        self.is_closed = True
+        self.sessions, self.turns = [], []
+
+    def require_open(self) -> None:
+        """Raises SessionClosedError if the engine is closed."""
+        if self.is_closed:
+            raise SessionClosedError("the engine is closed")
+
+    def check_integrity(self) -> str | None:
+        """Describes the first broken invariant of the engine's state, or returns None."""
+        busy = {id(turn.state) for turn in self.turns if not turn.is_settled}
+        for state in self.sessions:
+            problem = state.check_integrity()
+            if problem is not None:
+                return problem
+            if state.is_busy != (id(state) in busy):
+                return f"session {state.name!r}: its turn is lost"
+        held = sum(state.has_kv for state in self.sessions)
+        if held != self.cache.num_sequences:
+            return f"{self.cache.num_sequences} sequences, {held} held by sessions"
+        return self.cache.check_integrity()
+
+    # ---- what the owner asks; see `engine.thread.Worker` ----
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute something."""
+        return any(not turn.is_finished for turn in self.turns)
+
+    def tidy(self) -> None:
+        """Ends turns that nobody waits for, which only an interrupt of their caller leaves."""
+        if self.turns and self._num_conducting == 0 and not self.owner.is_threaded:
+            for turn in self.turns:
+                if not turn.has_reader:
+                    turn.fail(KeyboardInterrupt())
+            self._prune()
+
+    def recover(self, error: BaseException | None) -> None:
+        """Makes the state whole after an operation that was cut off."""
+        error = KeyboardInterrupt() if error is None else error
+        for turn in self.turns:
+            # A turn that is settled, but for the last word, is left as it is.
+            if turn.is_accepting or turn.error is not None or not turn.has_reader:
+                turn.fail(error)
+        for state in self.sessions:
+            state.repair()
+        self._prune()
+        held = {state.sequence_id for state in self.sessions if state.sequence_id is not None}
+        self.cache.recover(held)
+
+    def fail_all(self, error: Exception) -> None:
+        """Ends all running turns."""
+        for turn in self.turns:
+            if not turn.is_finished:
+                turn.fail(error)
+        self._prune()
+
+    def _wait_until_settled(self, turn: Turn) -> None:
+        while not turn.is_settled:
+            if self.owner.is_inline():
+                self.owner.run(self.step)
+            else:
+                turn.settled.result()
+
+    def _give_up(self, turn: Turn, error: BaseException) -> None:
+        """The turn never happened: its caller was interrupted."""
+        if turn.is_settled:
+            return
+        if self.owner.is_inline():
+            self.owner.run(lambda: turn.fail(error))
+        else:
+            self.owner.post(lambda: turn.fail(error))
+
+    def _prune(self) -> None:
+        self.turns = [turn for turn in self.turns if not turn.is_settled]
+
+
+def _progress(turn: Turn) -> tuple[object, int, int]:
+    return turn.phase, turn.state.committed_len, len(turn.output)

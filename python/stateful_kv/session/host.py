@@ -1,0 +1,84 @@
+"""What sessions need of the engine that hosts them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+from stateful_kv.session.state import SessionState
+from stateful_kv.session.turn import Turn, TurnRequest
+
+T = TypeVar("T")
+
+
+class Host(Protocol):
+    """Runs operations on the state of sessions, one at a time, and takes the steps of turns.
+
+    All methods may be called from any thread. An operation is run by whoever owns the state; see
+    `engine.thread`.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of a row of logits."""
+        ...
+
+    @property
+    def context_len(self) -> int:
+        """Tokens a session may hold."""
+        ...
+
+    def perform(self, operation: Callable[[], T]) -> T:
+        """Runs an operation when its turn comes; returns or raises what it does."""
+        ...
+
+    def submit(self, operation: Callable[[], T]) -> Future[T]:
+        """Hands an operation to the engine's thread, which is started if need be."""
+        ...
+
+    def post(self, operation: Callable[[], object]) -> None:
+        """Leaves an operation to be run soon and returns at once; safe in destructors."""
+        ...
+
+    def open(self, request: TurnRequest) -> Turn | None:
+        """Begins a turn; part of an operation.
+
+        Returns:
+            The turn; None if the session has other tokens than the request was made for, or
+            another turn runs.
+        """
+        ...
+
+    def conduct(self, openers: Sequence[Callable[[], Turn]]) -> list[Turn | Exception]:
+        """Opens turns and returns when all of them are settled.
+
+        Args:
+            openers: each opens a turn; what it raises is returned in its place.
+        """
+        ...
+
+    def wait_for_news(self, news: threading.Event) -> None:
+        """Returns when there may be something new of a turn, whose listener sets `news`."""
+        ...
+
+    def running_turn(self, state: SessionState) -> Turn | None:
+        """The turn that makes a session busy."""
+        ...
+
+    def wait_until_idle(self, state: SessionState) -> None:
+        """Returns when no turn of the session runs.
+
+        Raises:
+            SessionBusyError: that would never be: the caller itself has the stream of a turn.
+        """
+        ...
+
+    def register(self, state: SessionState) -> None:
+        """Makes a session known; part of an operation."""
+        ...
+
+    def forget(self, state: SessionState) -> None:
+        """Forgets a closed session; part of an operation."""
+        ...
