@@ -1,6 +1,10 @@
 // RadixTree and NgramIndex in Python: convert, forward, nothing else.
+#include <deque>
+#include <vector>
+
 #include "csrc/bindings/array_args.h"
 #include "csrc/bindings/state_objects.h"
+#include "csrc/core/propose_drafts.h"
 
 namespace py = pybind11;
 
@@ -117,6 +121,30 @@ void bind_radix_tree(py::module_& module) {
       .def("check_integrity", of_tree<&RadixTree::check_integrity>());
 }
 
+py::tuple propose_drafts_of(py::handle index_list, py::handle token_list, py::handle max_tokens) {
+  // Tuples of our own: the caller's lists may change while arrays are read.
+  const py::tuple index_objects(py::reinterpret_borrow<py::object>(index_list));
+  const py::tuple token_objects(py::reinterpret_borrow<py::object>(token_list));
+  std::vector<IndexObject*> indexes;
+  std::vector<NgramIndex*> cores;
+  for (const py::handle object : index_objects) {
+    indexes.push_back(&object.cast<IndexObject&>());
+    cores.push_back(&indexes.back()->core);
+  }
+  std::deque<IntArray> arrays;
+  std::vector<TokenSpan> tokens;
+  for (const py::handle object : token_objects) {
+    tokens.push_back(arrays.emplace_back(object, "propose_drafts: tokens").tokens());
+  }
+  const IntArray limits(max_tokens, "propose_drafts: max_tokens");
+  require_distinct(cores);  // else the second entry of the same index would call it busy
+  std::deque<Entry> entries;
+  for (IndexObject* index : indexes) entries.emplace_back(index->busy);
+  const DraftBatch drafts = propose_drafts(cores, tokens, limits.int64());
+  return py::make_tuple(to_tensor(drafts.tokens), to_tensor(drafts.lens),
+                        to_tensor(drafts.match_lens));
+}
+
 void bind_ngram_index(py::module_& module) {
   py::class_<IndexObject>(module, "NgramIndex")
       .def(py::init<int64_t, int64_t>(), py::arg("min_n") = 2, py::arg("max_n") = 8)
@@ -157,6 +185,8 @@ void bind_ngram_index(py::module_& module) {
         Entry entry(self.busy);
         return self.core.check_integrity();
       });
+  module.def("propose_drafts", &propose_drafts_of, py::arg("indexes"), py::arg("tokens"),
+             py::arg("max_tokens"));
 }
 
 }  // namespace

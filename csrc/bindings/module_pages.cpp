@@ -1,6 +1,7 @@
 // PagePool and SequenceTable in Python: convert, forward, nothing else.
 #include "csrc/bindings/array_args.h"
 #include "csrc/bindings/state_objects.h"
+#include "csrc/core/assert.h"
 
 namespace py = pybind11;
 
@@ -55,34 +56,91 @@ void bind_page_pool(py::module_& module) {
       });
 }
 
+// The arrays of one step, allocated before anything changes.
+struct BatchTensors {
+  BatchTensors(int64_t num_sequences, const BatchShape& shape)
+      : page_table(empty_int_tensor<int32_t>({num_sequences, shape.max_pages})),
+        seq_lens(empty_int_tensor<int32_t>({num_sequences})),
+        query_offsets(empty_int_tensor<int32_t>({num_sequences + 1})),
+        positions(empty_int_tensor<int32_t>({shape.num_rows})),
+        slots(empty_int_tensor<int64_t>({shape.num_rows})) {}
+
+  BatchArrays arrays() {
+    return {page_table.mutable_data_ptr<int32_t>(), seq_lens.mutable_data_ptr<int32_t>(),
+            query_offsets.mutable_data_ptr<int32_t>(), positions.mutable_data_ptr<int32_t>(),
+            slots.mutable_data_ptr<int64_t>()};
+  }
+
+  at::Tensor page_table, seq_lens, query_offsets, positions, slots;
+};
+
+at::Tensor copies_to_tensor(const std::vector<PageCopy>& copies) {
+  at::Tensor tensor = empty_int_tensor<int32_t>({static_cast<int64_t>(copies.size()), 2});
+  int32_t* out = tensor.mutable_data_ptr<int32_t>();
+  for (const PageCopy& copy : copies) {
+    *out++ = copy.from;
+    *out++ = copy.to;
+  }
+  return tensor;
+}
+
 py::tuple fill_batch(TableObject& self, py::handle sequence_ids, py::handle query_lens) {
   const IntArray ids(sequence_ids, "SequenceTable.fill_batch: sequence_ids");
   const IntArray lens(query_lens, "SequenceTable.fill_batch: query_lens");
   Entry entry(self.busy, self.pool->busy);
   const BatchShape shape = self.core.plan_batch(ids.int64(), lens.int32());
-  at::Tensor page_table = empty_int_tensor<int32_t>({ids.size(), shape.max_pages});
-  at::Tensor seq_lens = empty_int_tensor<int32_t>({ids.size()});
-  at::Tensor query_offsets = empty_int_tensor<int32_t>({ids.size() + 1});
-  at::Tensor positions = empty_int_tensor<int32_t>({shape.num_rows});
-  at::Tensor slots = empty_int_tensor<int64_t>({shape.num_rows});
-  self.core.fill_batch(
-      ids.int64(), lens.int32(), shape,
-      {page_table.mutable_data_ptr<int32_t>(), seq_lens.mutable_data_ptr<int32_t>(),
-       query_offsets.mutable_data_ptr<int32_t>(), positions.mutable_data_ptr<int32_t>(),
-       slots.mutable_data_ptr<int64_t>()});
-  return py::make_tuple(page_table, seq_lens, query_offsets, positions, slots);
+  BatchTensors out(ids.size(), shape);
+  self.core.fill_batch(ids.int64(), lens.int32(), shape, out.arrays());
+  return py::make_tuple(out.page_table, out.seq_lens, out.query_offsets, out.positions, out.slots);
 }
 
 std::optional<at::Tensor> append(TableObject& self, SequenceId seq, int64_t n) {
   Entry entry(self.busy, self.pool->busy);
   const auto copies = self.core.append(seq, n);
   if (!copies) return std::nullopt;
-  at::Tensor tensor = empty_int_tensor<int32_t>({static_cast<int64_t>(copies->size()), 2});
-  int32_t* out = tensor.mutable_data_ptr<int32_t>();
-  for (const PageCopy& copy : *copies) {
-    *out++ = copy.from;
-    *out++ = copy.to;
-  }
+  return copies_to_tensor(*copies);
+}
+
+std::optional<at::Tensor> append_batch(TableObject& self, py::handle sequence_ids,
+                                       py::handle num_tokens) {
+  const IntArray ids(sequence_ids, "SequenceTable.append_batch: sequence_ids");
+  const IntArray counts(num_tokens, "SequenceTable.append_batch: num_tokens");
+  Entry entry(self.busy, self.pool->busy);
+  const auto copies = self.core.append_batch(ids.int64(), counts.int64());
+  if (!copies) return std::nullopt;
+  return copies_to_tensor(*copies);
+}
+
+void commit_batch(TableObject& self, py::handle sequence_ids, py::handle num_tokens) {
+  const IntArray ids(sequence_ids, "SequenceTable.commit_batch: sequence_ids");
+  const IntArray counts(num_tokens, "SequenceTable.commit_batch: num_tokens");
+  Entry entry(self.busy, self.pool->busy);
+  self.core.commit_batch(ids.int64(), counts.int64());
+}
+
+// append_batch and fill_batch in one call.
+std::optional<py::tuple> prepare_batch(TableObject& self, py::handle sequence_ids,
+                                       py::handle query_lens) {
+  const IntArray ids(sequence_ids, "SequenceTable.prepare_batch: sequence_ids");
+  const IntArray lens(query_lens, "SequenceTable.prepare_batch: query_lens");
+  const std::vector<int64_t> num_tokens(lens.int32().begin(), lens.int32().end());
+  Entry entry(self.busy, self.pool->busy);
+  const auto shape = self.core.plan_append(ids.int64(), lens.int32());
+  if (!shape) return std::nullopt;
+  BatchTensors out(ids.size(), *shape);
+  const auto copies = self.core.append_batch(ids.int64(), num_tokens);
+  SKV_ASSERT(copies, "append_batch found fewer free pages than plan_append");
+  self.core.fill_batch(ids.int64(), lens.int32(), *shape, out.arrays());
+  return py::make_tuple(copies_to_tensor(*copies), out.page_table, out.seq_lens, out.query_offsets,
+                        out.positions, out.slots);
+}
+
+at::Tensor lengths(TableObject& self, py::handle sequence_ids) {
+  const IntArray ids(sequence_ids, "SequenceTable.lengths: sequence_ids");
+  Entry entry(self.busy);
+  at::Tensor tensor = empty_int_tensor<int64_t>({ids.size()});
+  int64_t* out = tensor.mutable_data_ptr<int64_t>();
+  for (const SequenceId seq : ids.int64()) *out++ = self.core.length(seq);
   return tensor;
 }
 
@@ -146,7 +204,18 @@ void bind_sequence_table(py::module_& module) {
             return to_tensor(self.core.page_table(id));
           },
           seq)
+      .def(
+          "has",
+          [](TableObject& self, SequenceId id) {
+            Entry entry(self.busy);
+            return self.core.has(id);
+          },
+          seq)
+      .def("lengths", &lengths, py::arg("sequence_ids"))
+      .def("append_batch", &append_batch, py::arg("sequence_ids"), py::arg("num_tokens"))
+      .def("commit_batch", &commit_batch, py::arg("sequence_ids"), py::arg("num_tokens"))
       .def("fill_batch", &fill_batch, py::arg("sequence_ids"), py::arg("query_lens"))
+      .def("prepare_batch", &prepare_batch, py::arg("sequence_ids"), py::arg("query_lens"))
       .def("num_sequences",
            [](TableObject& self) {
              Entry entry(self.busy);

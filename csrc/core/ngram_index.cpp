@@ -126,11 +126,15 @@ void NgramIndex::grow_table(State& state, int64_t num_entries, int64_t num_index
   add_positions(state, 0, num_indexed);
 }
 
-void NgramIndex::append(TokenSpan tokens) {
+void NgramIndex::require_appendable(TokenSpan tokens) const {
   tokens.require_valid("NgramIndex.append: tokens");
   if (tokens.size() > std::numeric_limits<int32_t>::max() - size()) {
     throw std::invalid_argument("NgramIndex.append: the text would exceed 2^31 tokens");
   }
+}
+
+void NgramIndex::append(TokenSpan tokens) {
+  require_appendable(tokens);
   if (tokens.empty()) return;
   State& state = own_state();
   const int64_t old_size = size();
@@ -172,11 +176,16 @@ int64_t NgramIndex::previous_match(int64_t n) const {
   return candidate;
 }
 
-Draft NgramIndex::propose(int64_t max_tokens) const {
+void NgramIndex::require_max_tokens(int64_t max_tokens) {
   if (max_tokens < 0) {
     throw std::invalid_argument("NgramIndex.propose: max_tokens: expected >= 0, got " +
                                 std::to_string(max_tokens));
   }
+}
+
+Draft NgramIndex::propose(int64_t max_tokens) const {
+  require_max_tokens(max_tokens);
+  max_tokens = std::min(max_tokens, kMaxDraft);
   const std::vector<TokenId>& tokens = state_->tokens;
   for (int64_t n = std::min(max_n_, size() - 1); n >= min_n_; --n) {
     const int64_t match_end = previous_match(n);

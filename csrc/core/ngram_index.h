@@ -34,6 +34,7 @@ struct Draft {
 class NgramIndex {
  public:
   static constexpr int64_t kMaxN = 64;
+  static constexpr int64_t kMaxDraft = int64_t{1} << 20;  // bounds the memory of a periodic draft
 
   // 1 <= min_n <= max_n <= kMaxN, else std::invalid_argument.
   explicit NgramIndex(int64_t min_n = 2, int64_t max_n = 8);
@@ -41,6 +42,8 @@ class NgramIndex {
   // Adds tokens at the end; std::invalid_argument on a value that is no token id, and nothing is
   // added.
   void append(TokenSpan tokens);
+  // Throws what append() would throw, without appending. O(tokens).
+  void require_appendable(TokenSpan tokens) const;
 
   // Drops all tokens from `length` on. 0 <= length <= size().
   void truncate(int64_t length);
@@ -50,8 +53,11 @@ class NgramIndex {
   // Looks for the longest suffix of the text (min_n..max_n tokens) that also ends earlier, the
   // latest such end winning, and returns up to max_tokens of what followed. If the earlier
   // occurrence overlaps the suffix the text is periodic and the draft goes on periodically; else
-  // it stops where the text ends.
+  // it stops where the text ends. Never more than kMaxDraft tokens. max_tokens >= 0, else
+  // std::invalid_argument.
   Draft propose(int64_t max_tokens) const;
+  // Throws what propose() would throw.
+  static void require_max_tokens(int64_t max_tokens);
 
   // An index of the same text that changes on its own from here on. O(1).
   NgramIndex fork() const { return *this; }

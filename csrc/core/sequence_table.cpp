@@ -119,12 +119,21 @@ void SequenceTable::drop_tail(Sequence& sequence, int64_t new_len) {
   sequence.allocated_len = new_len;
 }
 
-void SequenceTable::commit(SequenceId seq, int64_t n) {
-  Sequence& sequence = find(seq);
+const SequenceTable::Sequence& SequenceTable::require_reserved(const char* what, SequenceId seq,
+                                                               int64_t n) const {
+  const Sequence& sequence = find(seq);
   const int64_t reserved = sequence.allocated_len - sequence.committed_len;
   if (n < 0 || n > reserved) {
-    throw_expected("commit: n", "0.." + std::to_string(reserved) + " (the reserved tokens)", n);
+    throw_expected(
+        what, "0.." + std::to_string(reserved) + " (reserved) for sequence " + std::to_string(seq),
+        n);
   }
+  return sequence;
+}
+
+void SequenceTable::commit(SequenceId seq, int64_t n) {
+  require_reserved("commit: n", seq, n);
+  Sequence& sequence = find(seq);
   sequence.committed_len += n;
   drop_tail(sequence, sequence.committed_len);
 }
@@ -166,56 +175,6 @@ void SequenceTable::replace_prefix(SequenceId seq, std::span<const PageId> pages
   pool_.retain(pages);
   pool_.release(std::span(sequence.pages()).first(pages.size()));
   std::copy(pages.begin(), pages.end(), sequence.own_pages().begin());
-}
-
-BatchShape SequenceTable::plan_batch(std::span<const SequenceId> seqs,
-                                     std::span<const int32_t> query_lens) const {
-  if (seqs.size() != query_lens.size()) {
-    throw_expected("fill_batch: query_lens", std::to_string(seqs.size()) + " entries",
-                   static_cast<int64_t>(query_lens.size()));
-  }
-  BatchShape shape;
-  std::unordered_set<SequenceId> seen;
-  for (size_t s = 0; s < seqs.size(); ++s) {
-    const Sequence& sequence = find(seqs[s]);
-    const int64_t reserved = sequence.allocated_len - sequence.committed_len;
-    if (query_lens[s] < 0 || query_lens[s] > reserved) {
-      throw_expected(
-          "fill_batch: query_lens",
-          "0.." + std::to_string(reserved) + " (reserved) for sequence " + std::to_string(seqs[s]),
-          query_lens[s]);
-    }
-    if (!seen.insert(seqs[s]).second) {
-      throw std::invalid_argument("SequenceTable.fill_batch: sequence " + std::to_string(seqs[s]) +
-                                  " stands twice in the batch");
-    }
-    shape.num_rows += query_lens[s];
-    shape.max_pages = std::max(shape.max_pages, pages_for(sequence.committed_len + query_lens[s]));
-  }
-  checked_cast<int32_t>(shape.num_rows, "fill_batch: number of rows");
-  return shape;
-}
-
-void SequenceTable::fill_batch(std::span<const SequenceId> seqs,
-                               std::span<const int32_t> query_lens, const BatchShape& shape,
-                               const BatchArrays& out) const {
-  const int64_t page_size = pool_.page_size();
-  int64_t row = 0;
-  out.query_offsets[0] = 0;
-  for (size_t s = 0; s < seqs.size(); ++s) {
-    const Sequence& sequence = find(seqs[s]);
-    const int64_t seq_len = sequence.committed_len + query_lens[s];
-    const int64_t num_pages = pages_for(seq_len);
-    int32_t* const pages = out.page_table + static_cast<int64_t>(s) * shape.max_pages;
-    std::copy_n(sequence.pages().begin(), num_pages, pages);
-    std::fill(pages + num_pages, pages + shape.max_pages, -1);
-    for (int64_t position = sequence.committed_len; position < seq_len; ++position, ++row) {
-      out.positions[row] = static_cast<int32_t>(position);
-      out.slots[row] = pages[position / page_size] * page_size + position % page_size;
-    }
-    out.seq_lens[s] = static_cast<int32_t>(seq_len);
-    out.query_offsets[s + 1] = static_cast<int32_t>(row);
-  }
 }
 
 std::vector<SequenceId> SequenceTable::sequence_ids() const {

@@ -76,6 +76,18 @@ class SequenceTable {
   // pages are dropped. 0 <= n <= reserved.
   void commit(SequenceId seq, int64_t n);
 
+  // Does for each of the distinct sequences what append(seqs[i], num_tokens[i]) would do, in that
+  // order, and returns all the copies in that order; at most one for a sequence. Or std::nullopt,
+  // with nothing changed, if one of those calls would find too few free pages. So of sequences that
+  // share a partly filled page, each but the last holder gets a copy.
+  // O(S + pages gained or dropped).
+  std::optional<std::vector<PageCopy>> append_batch(std::span<const SequenceId> seqs,
+                                                    std::span<const int64_t> num_tokens);
+
+  // commit(seqs[i], num_tokens[i]) for each of the distinct sequences; all are checked before one
+  // is changed. O(S + pages dropped).
+  void commit_batch(std::span<const SequenceId> seqs, std::span<const int64_t> num_tokens);
+
   // Drops the reservation and all tokens from `length` on. 0 <= length <= committed_len.
   void truncate(SequenceId seq, int64_t length);
 
@@ -90,6 +102,8 @@ class SequenceTable {
   // content. Retains the new ones, releases the old ones. O(pages of the sequence).
   void replace_prefix(SequenceId seq, std::span<const PageId> pages);
 
+  // Whether the sequence was created and not released; any integer may be asked for.
+  bool has(SequenceId seq) const { return sequences_.contains(seq); }
   int64_t length(SequenceId seq) const { return find(seq).committed_len; }
   int64_t num_reserved(SequenceId seq) const {
     const Sequence& sequence = find(seq);
@@ -104,6 +118,12 @@ class SequenceTable {
   // Checks a batch (distinct sequences, 0 <= query_len <= reserved) and returns its shape. O(S).
   BatchShape plan_batch(std::span<const SequenceId> seqs,
                         std::span<const int32_t> query_lens) const;
+
+  // The shape that plan_batch() will return after append_batch() with these lengths; std::nullopt
+  // if append_batch() would return that. So a caller can allocate the arrays before anything
+  // changes. Throws what append_batch() would. O(S + pages dropped).
+  std::optional<BatchShape> plan_append(std::span<const SequenceId> seqs,
+                                        std::span<const int32_t> query_lens) const;
 
   // Writes the arrays of a batch that plan_batch() accepted. O(S * M + N).
   void fill_batch(std::span<const SequenceId> seqs, std::span<const int32_t> query_lens,
@@ -139,7 +159,12 @@ class SequenceTable {
     return const_cast<Sequence&>(static_cast<const SequenceTable*>(this)->find(seq));
   }
   SequenceId add(Sequence sequence);
+  static void require_batch(const char* what, std::span<const SequenceId> seqs, size_t num_values);
   bool writes_shared_page(const Sequence& sequence, int64_t n) const;
+  template <typename Count>
+  bool can_append(std::span<const SequenceId> seqs, std::span<const Count> num_tokens) const;
+  BatchShape shape_of(std::span<const SequenceId> seqs, std::span<const int32_t> query_lens) const;
+  const Sequence& require_reserved(const char* what, SequenceId seq, int64_t n) const;
   void drop_tail(Sequence& sequence, int64_t new_len);
   int64_t pages_for(int64_t num_tokens) const;
 

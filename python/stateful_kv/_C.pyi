@@ -54,11 +54,21 @@ class SequenceTable:
         the pool has too few free pages.
         """
 
+    def append_batch(self, sequence_ids: Int64Array, num_tokens: Int64Array) -> torch.Tensor | None:
+        """`append` for each of the distinct sequences, in order, or for none of them.
+
+        Returns the page copies to do before writing, int32[C, 2] (from, to), 0 <= C <= S; None when
+        the pool has too few free pages, and nothing has changed.
+        """
+
     def pages_needed(self, seq: int, n: int) -> int:
         """Fresh pages, copy-on-write included, that append would take."""
 
     def commit(self, seq: int, n: int) -> None:
         """The first n reserved tokens stay, the rest of the reservation is dropped."""
+
+    def commit_batch(self, sequence_ids: Int64Array, num_tokens: Int64Array) -> None:
+        """`commit` for each of the distinct sequences; all are checked before one changes."""
 
     def truncate(self, seq: int, length: int) -> None:
         """Drops the reservation and all tokens from length on."""
@@ -70,7 +80,13 @@ class SequenceTable:
     def replace_prefix(self, seq: int, pages: Int32Array) -> None:
         """Swaps the first full pages for pages of equal content."""
 
+    def has(self, seq: int) -> bool:
+        """Whether the sequence lives; False for one that was released or never made."""
+
     def length(self, seq: int) -> int: ...
+    def lengths(self, sequence_ids: Int64Array) -> torch.Tensor:
+        """int64[S], the committed tokens of each sequence; one may stand in the list twice."""
+
     def num_reserved(self, seq: int) -> int: ...
     def num_pages(self, seq: int) -> int: ...
     def page_table(self, seq: int) -> torch.Tensor:
@@ -83,6 +99,18 @@ class SequenceTable:
 
         Returns page_table int32[S, M] (-1 past the pages in use), seq_lens int32[S] (committed +
         query_len), query_offsets int32[S + 1], positions int32[N], slots int64[N].
+        """
+
+    def prepare_batch(
+        self, sequence_ids: Int64Array, query_lens: Int32Array
+    ) -> (
+        tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+        | None
+    ):
+        """`append_batch` and then `fill_batch` for the reserved rows, in one call.
+
+        Returns the page copies to do before writing, int32[C, 2] (from, to), and the five arrays of
+        `fill_batch`; None when the pool has too few free pages, and nothing has changed.
         """
 
     def num_sequences(self) -> int: ...
@@ -150,6 +178,18 @@ class NgramIndex:
         """An independent index of the same text; copied when one of the two changes."""
 
     def check_integrity(self) -> str | None: ...
+
+def propose_drafts(
+    indexes: list[NgramIndex], tokens: list[IntArray], max_tokens: Int64Array
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Appends tokens[i] to each of the distinct indexes, then drafts up to max_tokens[i] tokens.
+
+    Where max_tokens[i] is 0 the tokens are appended and nothing is looked up. All arguments are
+    checked before any index changes.
+
+    Returns draft_ids int32[sum of draft_lens], draft_lens int32[S] and match_lens int32[S], the
+    length of the suffix each draft was found by (0 = none).
+    """
 
 class BuildInfo(TypedDict):
     """What was built."""
