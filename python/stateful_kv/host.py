@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from stateful_kv.kv.cache import KVCache
 from stateful_kv.session.turn import SessionState, Turn
-from stateful_kv.text.stopping import StreamDecoder
+from stateful_kv.text.decoding import StreamDecoder
 from stateful_kv.types import TokenArray
 
 Message = Mapping[str, Any]
