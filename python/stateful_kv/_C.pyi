@@ -7,6 +7,7 @@ InvariantError; in each case nothing has changed. A second thread that enters an
 call gets a RuntimeError.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -180,7 +181,7 @@ class NgramIndex:
     def check_integrity(self) -> str | None: ...
 
 def propose_drafts(
-    indexes: list[NgramIndex], tokens: list[IntArray], max_tokens: Int64Array
+    indexes: Sequence[NgramIndex], tokens: Sequence[IntArray], max_tokens: Int64Array
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Appends tokens[i] to each of the distinct indexes, then drafts up to max_tokens[i] tokens.
 

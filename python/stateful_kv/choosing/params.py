@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from stateful_kv.errors import require, require_int, require_real
 
+# What the search for stop strings may cost: its tables grow with their characters.
+MAX_STOPS = 1024
+MAX_STOP_CHARACTERS = 1 << 15
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -25,7 +29,8 @@ class SamplingParams:
         presence_penalty: subtracted once for every token of the output.
         frequency_penalty: subtracted for every occurrence of a token in the output.
         seed: of the random numbers; None draws one and puts it in the receipt.
-        stop: strings that end the reply; the text is cut before them.
+        stop: strings that end the reply; the text is cut before them. At most 1024 strings of
+            together 32768 characters.
         stop_token_ids: tokens that end the reply.
         ignore_eos: do not stop at the model's end-of-turn tokens.
     """
@@ -63,9 +68,15 @@ class SamplingParams:
         if self.seed is not None:
             require_int("seed", self.seed, 0)
             require(self.seed < 2**64, "seed", "expected an integer < 2**64", self.seed)
+        num_stops = len(self.stop)
+        rule = f"expected at most {MAX_STOPS} strings"
+        require(num_stops <= MAX_STOPS, "stop", rule, num_stops)
         for text in self.stop:
             good = isinstance(text, str) and text != ""
             require(good, "stop", "expected non-empty strings", text)
+        length = sum(map(len, self.stop))
+        rule = f"expected at most {MAX_STOP_CHARACTERS} characters in all strings together"
+        require(length <= MAX_STOP_CHARACTERS, "stop", rule, length)
         for token in self.stop_token_ids:
             require_int("stop_token_ids", token, 0)
         require(isinstance(self.ignore_eos, bool), "ignore_eos", "expected a bool", self.ignore_eos)

@@ -20,12 +20,12 @@ import torch
 from stateful_kv._native import check_device
 from stateful_kv.drafts import cost_file
 from stateful_kv.drafts.costs import CostCurve, point_rows, smoothed
-from stateful_kv.models.protocol import Model
 from stateful_kv.errors import InvalidRequestError
 from stateful_kv.kv.batch import Batch
 from stateful_kv.kv.cache import KVCache
 from stateful_kv.kv.pools import DTYPES
 from stateful_kv.models.config import ModelConfig
+from stateful_kv.models.protocol import Model
 from stateful_kv.system.device import device_name, synchronize
 
 CostChoice = CostCurve | Literal["auto", "measure"]
@@ -105,9 +105,7 @@ class Costs:
             if stored is not None:
                 return stored, "file"
         began_at = time.perf_counter()
-        curve = measure(
-            self._model, self._kv_dtype, self._page_size, self._max_rows, self._device
-        )
+        curve = measure(self._model, self._kv_dtype, self._page_size, self._max_rows, self._device)
         seconds = time.perf_counter() - began_at
         _log.info("cost curve measured in %.2f s: %s", seconds, curve)
         if key is not None and curve.noise <= MAX_STORED_NOISE:
@@ -129,9 +127,7 @@ def fingerprint(model: Model) -> str | None:
     return digest.hexdigest()
 
 
-def measure(
-    model: Model, kv_dtype: str, page_size: int, max_rows: int, device: str
-) -> CostCurve:
+def measure(model: Model, kv_dtype: str, page_size: int, max_rows: int, device: str) -> CostCurve:
     """Times passes of 1 to `max_rows` rows, without context and behind one.
 
     A model whose longest context is shorter than that gets no more rows than it has positions.

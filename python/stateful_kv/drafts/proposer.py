@@ -26,7 +26,7 @@ class Draft:
 
     def __len__(self) -> int:
         """K, the number of proposed tokens."""
-        return self.tokens.shape[0]
+        return len(self.tokens)
 
     def first(self, count: int) -> Draft:
         """The draft cut to its first `count` tokens."""

@@ -13,7 +13,7 @@ from stateful_kv.drafts.ngram import NgramDrafter, propose_all
 from stateful_kv.drafts.proposer import NO_DRAFT, Draft, StepLoad
 from stateful_kv.kv.batch import Batch, BatchPages
 from stateful_kv.session.turn import Turn, TurnPhase
-from stateful_kv.system.tracing import span, traced
+from stateful_kv.system.tracing import traced
 from stateful_kv.types import TokenArray
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
+import torch
+
 from stateful_kv._native import check_device
 from stateful_kv.choosing.params import SamplingParams
 from stateful_kv.drafts.calibrate import CostChoice, Costs
@@ -21,8 +23,6 @@ from stateful_kv.session.session import Session
 from stateful_kv.session.state import SessionState
 from stateful_kv.text.messages import Tokenizer
 from stateful_kv.types import Message, Messages
-
-import torch
 
 
 class Engine:

@@ -11,13 +11,13 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from stateful_kv.engine.batching import RowPlan, decode_row, propose
+from stateful_kv.drafts.proposer import NO_DRAFT, Draft, StepLoad
+from stateful_kv.engine.batching import decode_row, propose
 from stateful_kv.engine.commit import commit, end_steps
 from stateful_kv.engine.config import EngineConfig
 from stateful_kv.engine.loop.device_loop import MAX_SEQUENCES, DeviceLoop, LoopRow, rounded_up
 from stateful_kv.engine.step import Stepper
 from stateful_kv.errors import OutOfPagesError
-from stateful_kv.drafts.proposer import NO_DRAFT, Draft, StepLoad
 from stateful_kv.kv.cache import KVCache
 from stateful_kv.models.protocol import Model
 from stateful_kv.session.turn import Turn, TurnPhase

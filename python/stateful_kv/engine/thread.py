@@ -107,7 +107,7 @@ class Owner:
         return self._thread is not None
 
     def is_inline(self) -> bool:
-        """Whether the calling thread does the work itself; the first call of a second starts one."""
+        """Whether the calling thread does the work itself; a second thread starts the engine's."""
         if self._thread is not None:
             return False
         with self._start_lock:

@@ -98,7 +98,7 @@ class Eviction:
         kept.add(sequence_id)
         tables = [self._table.page_table(other) for other in kept]
         pages = torch.unique(torch.cat(tables))
-        room = self._pool.num_pages() - pages.numel() - self._tree.num_blocked_pages(pages)
+        room: int = self._pool.num_pages() - pages.numel() - self._tree.num_blocked_pages(pages)
         # A copy of the tail is not needed once the only others that share it are released.
         return wanted - self._is_tail_shared_with(sequence_id, resting) <= room
 

@@ -118,7 +118,7 @@ class Session:
     @property
     def is_busy(self) -> bool:
         """True while a turn runs or its stream was not read to the end."""
-        return self._state.turn is not None
+        return self._state.is_busy
 
     @property
     def last_reply(self) -> Reply | None:
@@ -261,22 +261,25 @@ class Session:
             if other is not None:
                 await asyncio.shield(asyncio.wrap_future(other.settled))
             request = self._make_request(message, max_tokens, sampling, listener)
-            opened = self._host.submit(lambda: self._host.open(request))  # noqa: B023
-            try:
-                turn = await asyncio.shield(asyncio.wrap_future(opened))
-            except BaseException as error:
-                cut_off = error
-
-                def give_up() -> None:
-                    turn = None if opened.exception() else opened.result()
-                    if turn is not None:
-                        turn.fail(cut_off)
-
-                self._host.post(give_up)  # behind the operation that opens it
-                raise
+            turn = await self._submit_async(request)
             if turn is not None:
                 turn.has_reader = listener is not None
                 return turn
+
+    async def _submit_async(self, request: TurnRequest) -> Turn | None:
+        opened = self._host.submit(lambda: self._host.open(request))
+        try:
+            return await asyncio.shield(asyncio.wrap_future(opened))
+        except BaseException as error:
+            failure = error
+
+            def give_up() -> None:
+                turn = None if opened.exception() else opened.result()
+                if turn is not None:
+                    turn.fail(failure)
+
+            self._host.post(give_up)  # runs behind the operation that opens the turn
+            raise
 
     def _when_idle(self, operation: Callable[[], T]) -> T:
         """Runs an operation when no turn of this session runs."""

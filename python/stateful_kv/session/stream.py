@@ -94,9 +94,7 @@ class TurnStream(Iterator[str]):
 class AsyncTurnStream(AsyncIterator[str]):
     """The same for asyncio; see `Session.astream`."""
 
-    def __init__(
-        self, host: Host, turn: Turn, news: asyncio.Event, keep_reply: KeepReply
-    ) -> None:
+    def __init__(self, host: Host, turn: Turn, news: asyncio.Event, keep_reply: KeepReply) -> None:
         """Not for users."""
         self._host = host
         self._turn = turn

@@ -1,8 +1,9 @@
 """Chat templates: Jinja text of a model file, run in a sandbox with bounded work.
 
 A template comes with the weights, so it is treated as data from outside: attributes are those the
-Jinja sandbox allows, loops over `range` share one budget, and no operation may build a string
-longer than a limit. Whatever a template raises becomes one InvalidRequestError.
+Jinja sandbox allows, all loops and calls of one rendering share one budget, and no operation may
+build a string longer than a limit. Whatever a template raises becomes one InvalidRequestError.
+A compiled template is never changed, so several threads may render it at once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jinja2
@@ -19,11 +21,14 @@ from jinja2 import compiler, nodes, sandbox
 from stateful_kv.errors import InvalidRequestError, ModelLoadError
 
 MAX_TEXT = 1 << 24
-MAX_RANGE_ITEMS = 1_000_000
+MAX_SOURCE = 1 << 20
+# Loop passes, calls and numbers of `range`, all loops of one rendering together.
+MAX_WORK = 2_000_000
 _MAX_INDENT = 16
 _PADDING_METHODS = frozenset(
     {"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"}
 )
+_COUNTED = "counted passes"  # no name that a template could write
 _PADDING_FILTERS = ("center", "format", "indent", "wordwrap", "random")
 
 
@@ -46,13 +51,15 @@ class ChatTemplate:
         Raises:
             ModelLoadError: the text is not a valid template.
         """
+        if len(source) > MAX_SOURCE:
+            raise ModelLoadError(f"chat template: longer than {MAX_SOURCE} characters")
         self.mentions_tools = re.search(r"\btools\b", source) is not None
         self.mentions_tool_calls = "tool_calls" in source
         self._variables = {"bos_token": bos_token, "eos_token": eos_token}
-        self._environment = _Environment()
         try:
-            self._template = self._environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError, ValueError) as error:
+            self._template = _Environment().from_string(source)
+        except Exception as error:
+            # Besides Jinja's own: what Python says to code that is nested too deep, for example.
             raise ModelLoadError(f"chat template: {error}") from error
 
     def render(
@@ -67,8 +74,8 @@ class ChatTemplate:
         Raises:
             InvalidRequestError: the template refused the messages or did too much work.
         """
-        self._environment.reset_budget()
         pieces, length = [], 0
+        outer_budget = _budget.set(_Budget())
         try:
             for piece in self._template.generate(
                 messages=messages, tools=tools, add_generation_prompt=True, **self._variables
@@ -77,22 +84,32 @@ class ChatTemplate:
                 length += len(piece)
                 if length > MAX_TEXT:
                     raise _TooMuchWork("the text is too long")
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-            MemoryError,
-        ) as error:
+        except Exception as error:
+            # A template can make any operation of Python fail.
             raise InvalidRequestError(f"messages: the chat template refused: {error}") from error
+        finally:
+            _budget.reset(outer_budget)
         return "".join(pieces)
 
 
 class _TooMuchWork(jinja2.TemplateError):
     """A template exceeded one of the limits of this module."""
+
+
+class _Budget:
+    """What one rendering may still do."""
+
+    def __init__(self) -> None:
+        self._left = MAX_WORK
+
+    def spend(self, amount: int) -> None:
+        self._left -= amount
+        if self._left < 0:
+            raise _TooMuchWork("it does too much work")
+
+
+# Of the rendering that this thread is in: the environment's hooks get no argument to carry it.
+_budget: ContextVar[_Budget] = ContextVar("budget of a chat template")
 
 
 class _CodeGenerator(compiler.CodeGenerator):
@@ -122,13 +139,18 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
             self.filters.pop(name, None)
         self.filters["tojson"] = _to_json
         self.filters["replace"] = _replace
+        self.filters[_COUNTED] = _counted
         self.globals.update(
-            range=self._range, raise_exception=_raise_exception, strftime_now=_strftime_now
+            range=_range, raise_exception=_raise_exception, strftime_now=_strftime_now
         )
-        self._range_items = 0
 
-    def reset_budget(self) -> None:
-        self._range_items = MAX_RANGE_ITEMS
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Sends what each loop runs over through a filter that counts the passes."""
+        tree = super()._parse(source, name, filename)
+        for loop in list(tree.find_all(nodes.For)):
+            line = loop.iter.lineno
+            loop.iter = nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=line)
+        return tree
 
     def join_bounded(self, values: Iterable[Any]) -> str:
         texts = [str(value) for value in values]
@@ -157,19 +179,26 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
     # Names as in the base class: a template may pass an argument called self.
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        _budget.get().spend(1)
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str) and getattr(__obj, "__name__", "") == "replace":
             return _replace(owner, *args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
-    def _range(self, *bounds: int) -> range:
-        numbers = range(*bounds)
-        # len() itself overflows beyond 2**63.
-        span = abs(numbers.stop - numbers.start) // abs(numbers.step)
-        self._range_items -= span
-        if self._range_items < 0:
-            raise _TooMuchWork("it loops over too many numbers")
-        return numbers
+
+def _counted(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, each of them a pass of a loop."""
+    budget = _budget.get()
+    for value in values:
+        budget.spend(1)
+        yield value
+
+
+def _range(*bounds: int) -> range:
+    numbers = range(*bounds)
+    # len() itself overflows beyond 2**63.
+    _budget.get().spend(abs(numbers.stop - numbers.start) // abs(numbers.step))
+    return numbers
 
 
 def _size(value: Any) -> int:

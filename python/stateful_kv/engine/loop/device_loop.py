@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +18,16 @@ from torch import Tensor
 from stateful_kv import ops
 from stateful_kv.choosing.params import SamplingParams
 from stateful_kv.choosing.sampler import MAX_TOP_K
+from stateful_kv.choosing.verify import NOTHING_CHOSEN, Outcome
 from stateful_kv.drafts.policy import MAX_MATCH, MIN_MATCH
+from stateful_kv.engine.batching import RowPlan
 from stateful_kv.engine.loop.graphs import GraphRecorder
 from stateful_kv.engine.loop.state import NUM_COUNTS, NUM_STOP_IDS, LoopShape, LoopState
-from stateful_kv.engine.batching import RowPlan
 from stateful_kv.engine.loop.token_store import StoredTokens, TokenStore
-from stateful_kv.choosing.verify import NOTHING_CHOSEN, Outcome
-from stateful_kv.session.ledger import Ledger
-from stateful_kv.models.protocol import Model
 from stateful_kv.kv.batch import Batch
 from stateful_kv.kv.cache import KVCache
+from stateful_kv.models.protocol import Model
+from stateful_kv.session.ledger import Ledger
 from stateful_kv.system.device import to_device, to_host
 from stateful_kv.types import TokenArray
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
 
 from stateful_kv.errors import InvalidRequestError, ModelLoadError
-from stateful_kv.text.template import ChatTemplate
+from stateful_kv.text.template import MAX_SOURCE, ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 HOSTILE = {
     "range": "{% for i in range(10**9) %}x{% endfor %}",
     "huge range": "{% for i in range(10**30) %}x{% endfor %}",
     "nested ranges": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+    "nested loops over text": "{% set s = 'x' * 9999 %}{% for i in s %}{% for j in s %}"
+    "{% endfor %}{% endfor %}",
+    "calls that double": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"
+    "{% endmacro %}{{ f(64) }}",
+    "recursive loop": "{% for x in [[[]]] recursive %}{{ loop([[[]]]) }}{% endfor %}",
     "repeat": "{{ 'x' * 10**10 }}",
     "repeat list": "{{ ([1] * 10**10) | length }}",
     "doubling": "{% set n = namespace(s='x') %}{% for i in range(64) %}"
@@ -37,6 +43,8 @@ HOSTILE = {
     "wrong type": "{{ 'a' + 1 }}",
     "division": "{{ 1 // 0 }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "bytes that are no text": "{{ '\ud800'.encode('utf-8') }}",
+    "endless iterator": "{% for x in cycler(1).next %}{% endfor %}",
     "own exception": "{{ raise_exception('roles must alternate') }}",
 }
 
@@ -55,10 +63,77 @@ def test_the_budget_is_per_render() -> None:
     assert [template.render(MESSAGES, None) for _ in range(5)] == ["ok"] * 5
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{", "{% unknown %}", "{{ x | no_filter }}"])
-def test_invalid_templates(source: str) -> None:
+def test_two_threads_have_a_budget_each() -> None:
+    """Both have begun when the first one works: neither takes from the other."""
+    template = ChatTemplate("{{ tools[0].wait }}{% for i in range(600000) %}{% endfor %}ok")
+    arrived, errors = threading.Barrier(2), []
+
+    class Waiting(dict):
+        """Its item is there when the other thread asks for one, too."""
+
+        def __getitem__(self, key: str) -> str:
+            arrived.wait(60)
+            return ""
+
+    def render() -> None:
+        try:
+            assert template.render(MESSAGES, [Waiting()]) == "ok"
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=render) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_another_thread_gives_no_new_budget() -> None:
+    """A render that starts and ends in the middle of another does not refill its budget."""
+    template = ChatTemplate(
+        "{% for i in range(600000) %}{% endfor %}{{ tools[0].wait }}"
+        "{% for i in range(600000) %}{% endfor %}"
+    )
+
+    class Rendering(dict):
+        def __getitem__(self, key: str) -> str:
+            thread = threading.Thread(target=lambda: ChatTemplate("").render(MESSAGES, None))
+            thread.start()
+            thread.join()
+            with pytest.raises(InvalidRequestError):
+                template.render(MESSAGES, [{}])
+            return ""
+
+    with pytest.raises(InvalidRequestError, match="too much work"):
+        template.render(MESSAGES, [Rendering()])
+
+
+INVALID = {
+    "no loop": "{% for %}",
+    "cut": "{{",
+    "tag": "{% unknown %}",
+    "filter": "{{ x | no_filter }}",
+    "nested blocks": "{% for i in x %}" * 30 + "{% endfor %}" * 30,
+    "nested parentheses": "{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}",
+    "huge": "x" * (MAX_SOURCE + 1),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_templates(case: str) -> None:
     with pytest.raises(ModelLoadError, match="chat template"):
-        ChatTemplate(source)
+        ChatTemplate(INVALID[case])
+
+
+def test_loops_keep_what_templates_use() -> None:
+    source = """{% for k, v in tools[0].items() %}{{ loop.index }}/{{ loop.length }}{{ k }}
+{%- if not loop.last %},{% endif %}{% else %}none{% endfor %}|
+{%- for m in messages if m.role == 'user' %}{{ loop.first }}{{ loop.nextitem }}{% endfor %}|
+{%- for x in [] %}{% else %}none{% endfor %}|{% for x in missing %}{% endfor %}
+{%- for x in [1, [2, 3]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}"""
+    got = ChatTemplate(source).render(MESSAGES, [{"a": 1, "b": 2}])
+    assert got == "1/2a,2/2b|True|none|123"
 
 
 def test_what_templates_rely_on() -> None:
