@@ -47,7 +47,7 @@ def extend(model: LlamaModel, cache: KVCache, sequence_id: int, tokens: Sequence
     )
     with torch.inference_mode():
         logits = model.forward(batch, cache)
-    cache.commit(sequence_id, len(tokens))
+    cache.commit([sequence_id], [len(tokens)])
     return logits
 
 

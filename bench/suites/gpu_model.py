@@ -116,7 +116,7 @@ class Step:
         self._model = model
         self._sequence, _ = self._cache.match_and_adopt(np.zeros(0, dtype=np.int32))
         self._cache.reserve(self._sequence, CONTEXT)
-        self._cache.commit(self._sequence, CONTEXT)
+        self._cache.commit([self._sequence], [CONTEXT])
         self._tokens = torch.randint(config.vocab_size, (max(ROWS.values()),))
 
     def batch(self, rows: int) -> Batch:

@@ -88,7 +88,7 @@ class OurContext:
             logit_rows=torch.arange(max(0, count - num_logits), count),
         )
         ids, _ = self._model.forward_top_k(batch, self.cache, 1)
-        self.cache.commit(self._sequence, count)
+        self.cache.commit([self._sequence], [count])
         self.length += count
         self._batch = batch
         return ids[:, 0]

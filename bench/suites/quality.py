@@ -21,7 +21,7 @@ from torch import Tensor
 from bench import harness, perplexity
 from bench.harness import PeerMissingError, Settings
 from bench.peers.llama_cpp_model import LlamaCppContext, LlamaCppModel, check_runs
-from stateful_kv.kv.cache import DTYPES
+from stateful_kv.kv.pools import DTYPES
 from stateful_kv.models.files.loading import LoadedModel, load_model, resolve
 
 MODEL = "smollm2"

@@ -79,7 +79,7 @@ def make_engine(llama: LlamaModel) -> Iterator[MakeEngine]:
         **config: Any,
     ) -> Engine:
         # Steps are single unless a test says otherwise, also on CUDA.
-        config = {"kv_tokens": 4096, "page_size": 16, "steps_per_visit": 1, **config}
+        config = {"kv_tokens": 4096, "page_size": 16, "num_steps_per_sync": 1, **config}
         if model is None:
             config["device"] = str(llama.device)
             # What tests mean by float16, and what the CPU takes, is KV in 16 bits.
@@ -114,5 +114,5 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def no_silent_fall_back() -> Iterator[None]:
     """A visit that fails warns; where a test does not expect that, it fails."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "a visit of several steps failed")
+        warnings.filterwarnings("error", "several steps at once failed")
         yield

@@ -13,7 +13,7 @@ from stateful_kv.choosing.params import SamplingParams
 from stateful_kv.engine.config import EngineConfig
 from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import InvalidRequestError
-from stateful_kv.kv import cache
+from stateful_kv.kv import pools
 from stateful_kv.kv.cache import KVCache
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import COSTS, ByteTokenizer, CountingUp
@@ -101,7 +101,7 @@ def test_a_pool_beyond_memory(make_engine: MakeEngine, size: dict[str, int]) -> 
 
 
 def test_a_pool_that_cannot_be_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stateful_kv.kv.cache._physical_memory", lambda: None)
+    monkeypatch.setattr("stateful_kv.kv.pools._physical_memory", lambda: None)
     with pytest.raises(InvalidRequestError, match=r"kv_tokens: .*\(\d+ bytes\): "):
         KVCache(30, 3, 64, 10**13, 64)
 
@@ -110,14 +110,14 @@ def test_a_pool_that_cannot_be_allocated(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_scales_that_cannot_be_allocated(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
-    zeros = cache._zeros
+    zeros = pools._zeros
 
     def full(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         if dtype == torch.float32:
             raise error("no memory")
         return zeros(shape, dtype, device)
 
-    monkeypatch.setattr(cache, "_zeros", full)
+    monkeypatch.setattr(pools, "_zeros", full)
     KVCache(1, 1, 32, 2, 16)
     with pytest.raises(InvalidRequestError, match=r"kv_tokens: .*\(2304 bytes\): no memory"):
         KVCache(1, 1, 32, 2, 16, torch.int8)

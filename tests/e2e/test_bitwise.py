@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 
 from stateful_kv.engine.engine import Engine
-from stateful_kv.kv.cache import DTYPES
+from stateful_kv.kv.pools import DTYPES
 from stateful_kv.models.llama import LlamaModel
 from stateful_kv.session.session import Session
 from tests.e2e.conftest import CUDA, MakeEngine, on_devices

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from stateful_kv.drafts import calibrate, cost_file
-from stateful_kv.drafts.calibrate import Costs, fingerprint, measure
+from stateful_kv.drafts.calibrate import Costs, fingerprint
 from stateful_kv.drafts.costs import CostCurve
-from stateful_kv.drafts.ngram import Drafter
+from stateful_kv.drafts.ngram import NgramDrafter
+from stateful_kv.drafts.proposer import NO_DRAFT, Draft, StepLoad
+from stateful_kv.engine import batching
 from stateful_kv.engine.config import EngineConfig
 from stateful_kv.errors import InvalidRequestError
 from stateful_kv.kv.batch import Batch
 from stateful_kv.kv.cache import KVCache
 from stateful_kv.models.llama import LlamaModel
+from stateful_kv.session.turn import Turn
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import COSTS, CountingUp, TopKOfLogits, tiny_llama
 
@@ -25,6 +30,25 @@ CURVE = CostCurve((1, 2, 4), (8.0, 9.0, 13.0), 0.25, 0.5, noise=0.1)
 DRAFT_ALL = CostCurve((1, 8), (8e-3, 8.1e-3))
 DRAFT_NONE = CostCurve((1, 2), (8e-3, 80e-3))
 CONFIG = EngineConfig(page_size=16, max_draft=7)
+
+
+def measure(model: Any, config: EngineConfig) -> CostCurve:
+    """What an engine of this size would measure."""
+    return calibrate.measure(
+        model, config.kv_dtype, config.page_size, config.max_draft + 1, config.device
+    )
+
+
+def costs_of(model: Any, config: EngineConfig, choice: Any) -> Costs:
+    """What an engine of this size would have."""
+    return Costs(
+        model,
+        choice,
+        kv_dtype=config.kv_dtype,
+        page_size=config.page_size,
+        max_draft=config.max_draft,
+        device=config.device,
+    )
 
 
 class Timed(TopKOfLogits):
@@ -118,7 +142,7 @@ class TestMeasure:
         self, llama: LlamaModel, page_size: int
     ) -> None:
         caches = [
-            calibrate._Scratch(llama, EngineConfig(page_size=page_size, kv_dtype=kv_dtype)).cache
+            calibrate._Scratch(llama, kv_dtype, page_size, 8, "cpu").cache
             for kv_dtype in ("float32", "int8")
         ]
         exact, rounded = caches
@@ -142,7 +166,7 @@ class TestCosts:
         """Replaces measuring by `curve`; returns the list of models it was asked for."""
         calls: list[Any] = []
 
-        def fake(model: Any, config: EngineConfig) -> CostCurve:
+        def fake(model: Any, *_: Any) -> CostCurve:
             calls.append(model)
             return curve
 
@@ -153,13 +177,13 @@ class TestCosts:
         self, folder: Path, llama: LlamaModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         calls = self.count(monkeypatch)
-        first = Costs(llama, CONFIG, "auto")
+        first = costs_of(llama, CONFIG, "auto")
         assert first.source == "" and not calls
         assert first.curve() == first.curve() == COSTS
         assert (first.source, len(calls)) == ("measured", 1)
-        second = Costs(llama, CONFIG, "auto")
+        second = costs_of(llama, CONFIG, "auto")
         assert (second.curve(), second.source, len(calls)) == (COSTS, "file", 1)
-        third = Costs(llama, CONFIG, "measure")
+        third = costs_of(llama, CONFIG, "measure")
         assert (third.curve(), third.source, len(calls)) == (COSTS, "measured", 2)
         ((key, stored),) = cost_file.stored_here()
         assert stored == COSTS and key["max_rows"] == 8
@@ -169,7 +193,7 @@ class TestCosts:
         self, folder: Path, llama: LlamaModel, monkeypatch: pytest.MonkeyPatch, what: str
     ) -> None:
         calls = self.count(monkeypatch)
-        Costs(llama, CONFIG, "auto").curve()
+        costs_of(llama, CONFIG, "auto").curve()
         config = CONFIG
         if what == "threads":
             torch.set_num_threads(2)
@@ -182,7 +206,7 @@ class TestCosts:
             config = replace(config, kv_dtype="float32")
         else:
             config = replace(config, max_draft=3)
-        Costs(llama, config, "auto").curve()
+        costs_of(llama, config, "auto").curve()
         assert len(calls) == 2
 
     def test_a_noisy_measurement_is_not_stored(
@@ -190,28 +214,28 @@ class TestCosts:
     ) -> None:
         noisy = replace(COSTS, noise=calibrate.MAX_STORED_NOISE * 1.01)
         self.count(monkeypatch, noisy)
-        assert Costs(llama, CONFIG, "auto").curve() == noisy
+        assert costs_of(llama, CONFIG, "auto").curve() == noisy
         assert not folder.exists()
 
     def test_a_model_without_weights_is_not_stored(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.count(monkeypatch)
-        assert Costs(CountingUp(), CONFIG, "auto").curve() == COSTS
+        assert costs_of(CountingUp(), CONFIG, "auto").curve() == COSTS
         assert not folder.exists()
 
     def test_a_given_curve_asks_nobody(
         self, folder: Path, llama: LlamaModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         calls = self.count(monkeypatch)
-        given = Costs(llama, CONFIG, CURVE)
+        given = costs_of(llama, CONFIG, CURVE)
         assert (given.curve(), given.source, calls) == (CURVE, "given", [])
         assert not folder.exists()
 
     @pytest.mark.parametrize("choice", [None, "never", 3])
     def test_a_bad_choice_is_named(self, llama: LlamaModel, choice: Any) -> None:
         with pytest.raises(InvalidRequestError, match="cost_curve: expected a CostCurve"):
-            Costs(llama, CONFIG, choice)
+            costs_of(llama, CONFIG, choice)
 
     def test_fingerprints(self, llama: LlamaModel) -> None:
         layers = llama.weights.layers
@@ -269,13 +293,12 @@ class TestEngine:
         self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         loads = []
-        propose = Drafter.propose
 
-        def spy(self: Drafter, ledger: Any, limit: int, load: Any) -> list[int]:
+        def spy(self: NgramDrafter, draft: Draft, context: int, load: StepLoad) -> Draft:
             loads.append(tuple(load))
-            return propose(self, ledger, limit, load)[:0]
+            return NO_DRAFT
 
-        monkeypatch.setattr(Drafter, "propose", spy)
+        monkeypatch.setattr(NgramDrafter, "worthwhile", spy)
         engine = make_engine(max_batch_tokens=16)
         one, two = engine.session(), engine.session()
         engine.gather([(one, "a"), (two, "b")], max_tokens=3)
@@ -292,11 +315,16 @@ class TestEngine:
     ) -> None:
         loads = []
 
-        def propose(self: Drafter, ledger: Any, limit: int, load: Any) -> list[int]:
+        def worthwhile(self: NgramDrafter, draft: Draft, context: int, load: StepLoad) -> Draft:
             loads.append(tuple(load))
-            return [40, 41, 42][:limit]
+            return draft
 
-        monkeypatch.setattr(Drafter, "propose", propose)
+        def propose(turns: Sequence[Turn], max_draft: int) -> list[Draft]:
+            limits = [max(0, min(max_draft, turn.num_left - 1)) for turn in turns]
+            return [Draft(np.array([40, 41, 42][:limit], dtype=np.int32)) for limit in limits]
+
+        monkeypatch.setattr(NgramDrafter, "worthwhile", worthwhile)
+        monkeypatch.setattr(batching, "propose", propose)
         engine = make_engine()
         sessions = [engine.session() for _ in range(3)]
         engine.gather([(session, "a") for session in sessions], max_tokens=5, ignore_eos=True)

@@ -10,7 +10,6 @@ import torch
 
 from stateful_kv import _native
 from stateful_kv.drafts import cost_file
-from stateful_kv.drafts.calibrate import Costs
 from stateful_kv.engine.config import EngineConfig
 from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import DeviceUnavailableError, InvalidRequestError
@@ -18,6 +17,7 @@ from stateful_kv.kv import cache
 from stateful_kv.kv.batch import Batch
 from stateful_kv.models.llama import LlamaModel
 from stateful_kv.system.device import device_name, joined, split, to_device, to_host
+from tests.e2e.test_calibrate import costs_of
 from tests.e2e.tiny import COSTS, ByteTokenizer, CountingUp
 
 CPU = torch.device("cpu")
@@ -210,6 +210,6 @@ def test_stored_costs_are_those_of_the_device(
     monkeypatch.setattr("stateful_kv.drafts.calibrate.check_device", torch.device)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU at {device}")
     for name in ("cpu", "cuda:1"):
-        Costs(llama, EngineConfig(device=name), "measure").curve()
+        costs_of(llama, EngineConfig(device=name), "measure").curve()
     assert keys[0]["device"] == device_name(CPU)
     assert keys[1]["device"] == "a GPU at cuda:1"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,8 @@ import torch
 from stateful_kv import ops
 from stateful_kv.choosing.sampler import Sampler
 from stateful_kv.engine.engine import Engine
+from stateful_kv.engine.scheduler import Scheduler
+from stateful_kv.engine.thread import Owner
 from stateful_kv.errors import (
     ContextLengthError,
     InvalidRequestError,
@@ -26,7 +27,8 @@ from stateful_kv.errors import (
 )
 from stateful_kv.kv.cache import KVCache
 from stateful_kv.session.session import Session
-from stateful_kv.session.turn import SessionState, Turn
+from stateful_kv.session.state import SessionState
+from stateful_kv.session.turn import Turn
 from stateful_kv.text.stopping import StopRules
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import VOCAB_SIZE, ByteTokenizer, CountingUp, Provenance, Scripted
@@ -197,28 +199,22 @@ class TestBadInput:
         assert isinstance(outcomes[1], InvalidRequestError)
         assert sessions[2].last_reply is outcomes[2]
 
-    def test_another_thread_is_refused_while_stepping(self, make_engine: MakeEngine) -> None:
+    def test_a_step_cannot_call_the_engine_again(self, make_engine: MakeEngine) -> None:
         model = CountingUp()
         engine = make_engine(model)
         session, other = engine.session(), engine.session()
         errors: list[BaseException] = []
 
-        def intrude() -> None:
+        def intrude(batch: object) -> None:
             for call in (lambda: other.turn("x"), engine.step, other.close, engine.close):
                 try:
                     call()
                 except SessionBusyError as error:
                     errors.append(error)
 
-        def from_outside(batch: object) -> None:
-            thread = threading.Thread(target=intrude)
-            thread.start()
-            thread.join()
-            intrude()  # nor from within the step itself
-
-        model.before_forward = from_outside
+        model.before_forward = intrude
         session.turn("x", max_tokens=1)
-        assert len(errors) == 8
+        assert len(errors) == 4
         model.before_forward = lambda batch: None
         other.turn("x", max_tokens=1)
 
@@ -324,6 +320,7 @@ class TestFaults:
         ("owner", "name"),
         [
             (KVCache, "reserve"),
+            (KVCache, "prepare"),
             (KVCache, "batch_pages"),
             (KVCache, "commit"),
             (KVCache, "insert"),
@@ -372,15 +369,19 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("owner", "name"),
         [
-            (Engine, "submit"),
-            (Engine, "register"),
-            (Engine, "run"),
-            (Session, "open_turn"),
+            (Scheduler, "open"),
+            (Scheduler, "register"),
+            (Scheduler, "conduct"),
+            (Scheduler, "step"),
+            (Owner, "run"),
+            (Session, "_make_request"),
             (KVCache, "fork"),
             (KVCache, "match_and_adopt"),
             (KVCache, "reserve"),
+            (KVCache, "prepare"),
             (KVCache, "commit"),
-            (Turn, "open"),
+            (Turn, "of"),
+            (Turn, "begin"),
             (Turn, "close_books"),
             (SessionState, "truncate"),
         ],

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stateful_kv.drafts.ngram import Drafter
+from stateful_kv.drafts.ngram import NgramDrafter
 from stateful_kv.engine.engine import Engine
 from stateful_kv.session.ledger import Ledger
 from tests.e2e.conftest import MakeEngine
@@ -56,7 +56,7 @@ def test_host_time_is_flat(engine: Engine) -> None:
     assert is_flat(engine)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Ledger, "append"), (Drafter, "propose")])
+@pytest.mark.parametrize(("owner", "name"), [(Ledger, "append"), (NgramDrafter, "propose")])
 def test_the_check_notices_a_walk_over_the_history(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stateful_kv.engine.loop.state import LoopShape, LoopState, MirroredInts
-from stateful_kv.engine.loop.token_store import HistoryRow, HistoryStore
+from stateful_kv.engine.loop.token_store import StoredTokens, TokenStore
 
 CPU = torch.device("cpu")
 
@@ -17,14 +17,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def two_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few that sessions compete for them."""
-    monkeypatch.setattr(HistoryStore, "NUM_SLOTS", 2)
+    monkeypatch.setattr(TokenStore, "NUM_SLOTS", 2)
 
 
-class TestHistoryStore:
+class TestTokenStore:
     def test_rows_keep_their_slots(self) -> None:
-        store = HistoryStore(9, CPU)
+        store = TokenStore(9, CPU)
         assert store.num_slots == 0
-        one, other = HistoryRow(), HistoryRow()
+        one, other = StoredTokens(), StoredTokens()
         store.place([one])
         slot, one.length = one.slot, 5
         store.place([other])
@@ -35,8 +35,8 @@ class TestHistoryStore:
         assert store.tokens.shape == (3, 9)
 
     def test_the_one_that_was_used_least_recently_gives_way(self) -> None:
-        store = HistoryStore(9, CPU)
-        rows = [HistoryRow() for _ in range(3)]
+        store = TokenStore(9, CPU)
+        rows = [StoredTokens() for _ in range(3)]
         store.place(rows[:2])
         store.place([rows[0]])
         for row in rows:
@@ -46,8 +46,8 @@ class TestHistoryStore:
         assert rows[1].slot == -1
 
     def test_more_rows_than_slots(self) -> None:
-        store = HistoryStore(9, CPU)
-        rows = [HistoryRow() for _ in range(5)]
+        store = TokenStore(9, CPU)
+        rows = [StoredTokens() for _ in range(5)]
         store.place(rows[:2])
         rows[0].length = 3
         store.place(rows)
@@ -56,9 +56,9 @@ class TestHistoryStore:
         assert rows[0].length == 0, "the tokens are sent again"
 
     def test_random_use(self) -> None:
-        store = HistoryStore(4, CPU)
-        rows = [HistoryRow() for _ in range(9)]
-        contents: dict[int, HistoryRow] = {}
+        store = TokenStore(4, CPU)
+        rows = [StoredTokens() for _ in range(9)]
+        contents: dict[int, StoredTokens] = {}
         for _ in range(300):
             chosen = random.sample(rows, random.randint(1, 4))
             store.place(chosen)
@@ -70,7 +70,7 @@ class TestHistoryStore:
                 contents[row.slot], row.length = row, random.randint(1, 4)
 
     def test_truncate(self) -> None:
-        row = HistoryRow(3, 10)
+        row = StoredTokens(3, 10)
         row.truncate(12)
         assert (row.slot, row.length) == (3, 10)
         row.truncate(4)

@@ -73,9 +73,9 @@ def act(engine: Engine, sessions: list[Session], rng: random.Random) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("kv_tokens", [320, 4096])
-@pytest.mark.parametrize("steps_per_visit", [1, 3, 8])
+@pytest.mark.parametrize("num_steps_per_sync", [1, 3, 8])
 def test_random_sessions(
-    make_engine: MakeEngine, seed: int, kv_tokens: int, steps_per_visit: int
+    make_engine: MakeEngine, seed: int, kv_tokens: int, num_steps_per_sync: int
 ) -> None:
     rng = random.Random(seed)
     engine = make_engine(
@@ -85,7 +85,7 @@ def test_random_sessions(
         page_size=rng.choice([1, 4, 8, 16]),
         max_batch_tokens=rng.choice([3, 16, 1024]),
         draft=rng.random() < 0.8,
-        steps_per_visit=steps_per_visit,
+        num_steps_per_sync=num_steps_per_sync,
     )
     sessions = [engine.session(system="a common beginning for all of them")]
     for _ in range(40):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from stateful_kv import ops
-from stateful_kv.engine.config import EngineConfig
 from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import OutOfPagesError
+from stateful_kv.kv.cache import KVCache
 from stateful_kv.session.session import Session
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import CountingUp, Provenance, Recorder
@@ -96,25 +96,17 @@ class TestHopelessRequests:
         assert idle.turn("again", max_tokens=4).finish_reason == "length"
 
     def test_a_draft_takes_nothing_from_idle_sessions(self) -> None:
-        engine = Engine(CountingUp(), None, EngineConfig(kv_tokens=32, page_size=16))  # type: ignore[arg-type]
-        cache = engine.cache
-        relieved: list[int] = []
+        cache = KVCache(1, 1, 16, num_pages=2, page_size=16)
         idle, busy = (cache.match_and_adopt(np.empty(0, dtype=np.int32))[0] for _ in range(2))
-
-        def relieve() -> bool:
-            relieved.append(idle)
-            cache.release(idle)
-            return True
-
-        cache.relieve, cache.holders = relieve, lambda: ([busy], [idle])
         for sequence in (idle, busy):
             cache.reserve(sequence, 16)
-            cache.commit(sequence, 16)
+            cache.commit([sequence], [16])
+        cache.rest(idle)
         with pytest.raises(OutOfPagesError):
-            cache.reserve(busy, 4, can_relieve=False)
-        assert not relieved
+            cache.reserve(busy, 4, from_resting=False)
+        assert cache.has(idle)
         cache.reserve(busy, 4)
-        assert relieved == [idle]
+        assert not cache.has(idle)
 
 
 class TestPromptTails:

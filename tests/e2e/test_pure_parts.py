@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ import torch
 from stateful_kv import ops
 from stateful_kv.choosing.params import SamplingParams
 from stateful_kv.choosing.sampler import Sampler, keyed_uniform
-from stateful_kv.choosing.verify import Candidate, GreedyTokens, verify
-from stateful_kv.drafts.ngram import Drafter
+from stateful_kv.choosing.verify import GreedyTokens, Outcome, verify
+from stateful_kv.drafts.ngram import NgramDrafter, propose_all
+from stateful_kv.drafts.proposer import ALONE
 from stateful_kv.engine.config import EngineConfig
 from stateful_kv.errors import BadLogitsError
 from stateful_kv.session.ledger import Ledger
@@ -55,6 +58,19 @@ class TestLedger:
         ledger.truncate(1)
         assert copy.tokens.tolist() == [1, 2, 3, 4]
         assert copy.num_turns == 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What `verify` looks at of a sequence."""
+
+    sampler: Sampler
+    draft: list[int]
+    next_position: int
+
+    @property
+    def draft_ids(self) -> np.ndarray:
+        return np.array(self.draft, dtype=np.int32)
 
 
 class TestSampling:
@@ -153,7 +169,7 @@ class TestSampling:
         rows = torch.zeros(3, 8)
         rows[:, 5] = 1.0
         rows[2] = torch.nan
-        assert verify([Candidate(sampler(8), [4, 5], 0)], rows)[0] == ([5], None)
+        assert verify([Candidate(sampler(8), [4, 5], 0)], rows)[0] == Outcome([5], 2, 0)
 
     def test_greedy_tokens_do_as_well_as_logits(self) -> None:
         logits = torch.randn(7, 8)
@@ -296,18 +312,34 @@ class TestStopping:
 
 class TestDrafter:
     def test_follows_the_ledger(self) -> None:
+        def proposed(drafter: NgramDrafter, ledger: Ledger, limit: int) -> list[int]:
+            draft = drafter.propose(ledger.tokens, limit)
+            whole = drafter.worthwhile(draft, len(ledger), ALONE)
+            assert len(whole) <= len(draft)
+            return draft.tokens.tolist()
+
         ledger = Ledger([1, 2, 3, 4, 5, 9, 9, 1, 2, 3])
-        drafter = Drafter(7, COSTS)
-        assert drafter.propose(ledger, 2) == [4, 5]
-        assert drafter.propose(ledger, 0) == []
+        drafter = NgramDrafter(7, COSTS)
+        assert proposed(drafter, ledger, 2) == [4, 5]
+        assert proposed(drafter, ledger, 0) == []
         fork, copy = drafter.fork(), ledger.copy()
         copy.append([4])
-        assert fork.propose(copy, 1) == [5]
-        assert drafter.propose(ledger, 1) == [4]
+        assert proposed(fork, copy, 1) == [5]
+        assert proposed(drafter, ledger, 1) == [4]
         ledger.truncate(3)
         drafter.truncate(3)
         ledger.append([7, 8, 1, 2, 3])
-        assert drafter.propose(ledger, 2) == [7, 8]
+        assert proposed(drafter, ledger, 2) == [7, 8]
+
+    def test_a_batch_proposes_what_each_alone_does(self) -> None:
+        texts = [[1, 2, 3, 1, 2], [4, 5, 4, 5], [7], [1, 2, 9, 1, 2]]
+        ledgers = [Ledger(text) for text in texts]
+        alone = [NgramDrafter(7, COSTS).propose(one.tokens, 3) for one in ledgers]
+        drafters = [NgramDrafter(7, COSTS) for _ in texts]
+        together = propose_all(drafters, [one.tokens for one in ledgers], [3, 3, 3, 0])
+        assert [d.tokens.tolist() for d in together[:3]] == [d.tokens.tolist() for d in alone[:3]]
+        assert [d.match_len for d in together[:3]] == [d.match_len for d in alone[:3]]
+        assert (len(together[3]), len(alone[3])) == (0, 3)
 
 
 class TestConfig:

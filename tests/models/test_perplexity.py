@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bench import perplexity
 from bench.suites.quality import LLAMA_CPP_TOLERANCE
-from stateful_kv.kv.cache import DTYPES, KVCache
+from stateful_kv.kv.cache import KVCache
+from stateful_kv.kv.pools import DTYPES
 from stateful_kv.models.files.loading import LoadedModel, load_model, resolve
 from stateful_kv.models.llama import LlamaModel
 from tests.ops.comparing import assert_same_bits

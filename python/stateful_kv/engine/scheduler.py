@@ -73,6 +73,10 @@ class Scheduler:
         """Leaves an operation to be run soon and returns at once; safe in destructors."""
         self.owner.post(operation)
 
+    def catch_up(self) -> None:
+        """Runs what was posted, if the calling thread can: before state is looked at."""
+        self.owner.catch_up()
+
     def conduct(self, openers: Sequence[Callable[[], Turn]]) -> list[Turn | Exception]:
         """Opens turns and returns when all of them are settled.
 

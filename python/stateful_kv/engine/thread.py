@@ -90,7 +90,7 @@ class Owner:
 
     def __init__(self, worker: Worker) -> None:
         """Begins without a thread."""
-        self._worker = worker
+        self._worker_ref = weakref.ref(worker)  # it owns this: a cycle would keep the pools
         self._inbox: SimpleQueue[_Posted | None] = SimpleQueue()
         self._start_lock = threading.Lock()
         self._lock = threading.Lock()
@@ -100,6 +100,12 @@ class Owner:
         self._is_dirty = False  # an operation was cut off and nobody has recovered yet
         weakref.finalize(self, self._inbox.put, None)
         _owners.add(self)
+
+    @property
+    def _worker(self) -> Worker:
+        worker = self._worker_ref()
+        assert worker is not None, "whoever calls an engine keeps it"
+        return worker
 
     @property
     def is_threaded(self) -> bool:
@@ -147,6 +153,12 @@ class Owner:
         thread it is run when the next operation begins.
         """
         self._inbox.put(_Posted(operation, None))
+
+    def catch_up(self) -> None:
+        """Runs what was left for the owner, if the calling thread can: before state is looked at."""
+        is_free = self._thread is None and self._inside == 0
+        if is_free and self._home == get_ident() and not self._inbox.empty():
+            self.run(lambda: None)
 
     def submit(self, operation: Callable[[], T]) -> Future[T]:
         """Hands an operation to the engine's thread."""
@@ -236,10 +248,11 @@ def _serve(owner: weakref.ref[Owner], inbox: SimpleQueue[_Posted | None]) -> Non
     while True:
         posted = inbox.get()
         alive = owner()
-        if posted is None or alive is None:
+        worker = None if alive is None else alive._worker_ref()
+        if posted is None or alive is None or worker is None:
             return
         alive._serve(posted)
-        del posted, alive
+        del posted, alive, worker
 
 
 @atexit.register

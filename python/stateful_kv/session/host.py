@@ -42,6 +42,10 @@ class Host(Protocol):
         """Leaves an operation to be run soon and returns at once; safe in destructors."""
         ...
 
+    def catch_up(self) -> None:
+        """Runs what was posted, if the calling thread can: before state is looked at."""
+        ...
+
     def open(self, request: TurnRequest) -> Turn | None:
         """Begins a turn; part of an operation.
 

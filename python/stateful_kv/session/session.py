@@ -87,38 +87,38 @@ class Session:
     @property
     def token_ids(self) -> list[int]:
         """A copy of all tokens of the session."""
-        tokens: list[int] = self._state.ledger.tokens.tolist()
+        tokens: list[int] = self._settled_state().ledger.tokens.tolist()
         return tokens
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the session."""
-        return len(self._state.ledger)
+        return len(self._settled_state().ledger)
 
     @property
     def turns(self) -> tuple[TurnRecord, ...]:
         """Where the finished turns lie in token_ids."""
-        return self._state.ledger.records
+        return self._settled_state().ledger.records
 
     @property
     def num_turns(self) -> int:
         """Finished turns."""
-        return self._state.ledger.num_turns
+        return self._settled_state().ledger.num_turns
 
     @property
     def num_cached_tokens(self) -> int:
         """Tokens of the session that have KV of their own right now."""
-        return self._state.committed_len
+        return self._settled_state().committed_len
 
     @property
     def is_closed(self) -> bool:
         """True after `close`."""
-        return self._state.is_closed
+        return self._settled_state().is_closed
 
     @property
     def is_busy(self) -> bool:
         """True while a turn runs or its stream was not read to the end."""
-        return self._state.is_busy
+        return self._settled_state().is_busy
 
     @property
     def last_reply(self) -> Reply | None:
@@ -223,6 +223,11 @@ class Session:
         """
         while not self._state.is_closed and not self._host.perform(self._close):
             self._host.wait_until_idle(self._state)
+
+    def _settled_state(self) -> SessionState:
+        """The state, after streams that were dropped have ended."""
+        self._host.catch_up()
+        return self._state
 
     def _opener(
         self,

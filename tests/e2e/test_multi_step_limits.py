@@ -13,23 +13,23 @@ from stateful_kv.engine.loop.device_loop import DeviceLoop
 from stateful_kv.engine.loop.graphs import GraphRecorder
 from stateful_kv.errors import OutOfPagesError
 from tests.e2e.conftest import MakeEngine
+from tests.e2e.multi_step_play import MESSAGES, STEPS, multi_step, play
 from tests.e2e.tiny import END, FIRST_BYTE, CountingUp, Provenance, Scripted
-from tests.e2e.visiting import MESSAGES, STEPS, play, visits
 
 
 class TestWhoWaits:
     def test_a_stream_gets_its_tokens_one_step_at_a_time(self, make_engine: MakeEngine) -> None:
-        engine = make_engine(CountingUp(), steps_per_visit=8)
+        engine = make_engine(CountingUp(), num_steps_per_sync=8)
         streaming, other = engine.session(), engine.session()
         stream = streaming.stream("x", max_tokens=30)
         assert len(next(stream)) == 1
         assert other.turn("y", max_tokens=12).finish_reason == "length"
-        assert visits(engine).num_visits == 0
+        assert multi_step(engine).num_syncs == 0
         stream.close()
         assert streaming.last_reply is not None
         assert streaming.last_reply.finish_reason == "cancelled"
         other.turn("y", max_tokens=12)
-        assert visits(engine).num_visits > 0
+        assert multi_step(engine).num_syncs > 0
         expected = make_engine(CountingUp()).session()
         expected.turn("y", max_tokens=12)
         expected.turn("y", max_tokens=12)
@@ -37,10 +37,10 @@ class TestWhoWaits:
 
     def test_a_prompt_is_not_kept_waiting(self, make_engine: MakeEngine) -> None:
         """While one turn still computes its prompt the others take single steps."""
-        engine = make_engine(CountingUp(), steps_per_visit=8, max_batch_tokens=16)
+        engine = make_engine(CountingUp(), num_steps_per_sync=8, max_batch_tokens=16)
         short, long = engine.session(), engine.session()
         seen: list[tuple[int, int]] = []
-        loop = visits(engine).loop
+        loop = multi_step(engine).loop
         run = loop.run
 
         def watched(sequences: Any, max_draft: int, num_steps: int) -> Any:
@@ -57,9 +57,9 @@ class TestWhoWaits:
         [{"repetition_penalty": 1.2}, {"presence_penalty": 0.1}, {"frequency_penalty": 1}],
     )
     def test_penalties_are_for_single_steps(self, make_engine: MakeEngine, sampling: dict) -> None:
-        engine = make_engine(CountingUp(), steps_per_visit=8)
+        engine = make_engine(CountingUp(), num_steps_per_sync=8)
         engine.session().turn("x", max_tokens=20, **sampling)
-        assert visits(engine).num_visits == 0
+        assert multi_step(engine).num_syncs == 0
 
     @pytest.mark.parametrize(
         ("max_batch_tokens", "drafts"), [(16, {3}), (15, {0, 3}), (4, {0}), (3, {0})]
@@ -69,15 +69,15 @@ class TestWhoWaits:
     ) -> None:
         """Rows of all turns must fit into one pass: else without drafts, else not at all."""
         engine = make_engine(
-            CountingUp(), steps_per_visit=4, max_draft=3, max_batch_tokens=max_batch_tokens
+            CountingUp(), num_steps_per_sync=4, max_draft=3, max_batch_tokens=max_batch_tokens
         )
         items = [(engine.session(), "y") for _ in range(4)]
         replies = engine.gather(items, max_tokens=40)
         assert all(len(reply.token_ids) == 40 for reply in replies)
-        shapes = list(visits(engine).loop._recorded)
+        shapes = list(multi_step(engine).loop._recorded)
         assert {shape.max_draft for shape in shapes} <= drafts
         assert all(shape.num_rows <= max_batch_tokens for shape in shapes)
-        assert visits(engine).num_visits > 0
+        assert multi_step(engine).num_syncs > 0
         assert any(shape.num_sequences == 4 for shape in shapes) is (max_batch_tokens > 3)
 
 
@@ -89,7 +89,7 @@ class TestPages:
     ) -> None:
         """Pages run out at the same token, for the same turn."""
         outcomes = []
-        for config in ({}, {"steps_per_visit": steps}):
+        for config in ({}, {"num_steps_per_sync": steps}):
             engine = make_engine(
                 Provenance(), kv_dtype="float32", kv_tokens=kv_tokens, draft=False, **config
             )
@@ -105,32 +105,32 @@ class TestPages:
         assert outcomes[0] == outcomes[1]
 
     def test_steps_ahead_take_nothing_from_idle_sessions(self, make_engine: MakeEngine) -> None:
-        engine = make_engine(CountingUp(), kv_tokens=96, steps_per_visit=32, draft=False)
+        engine = make_engine(CountingUp(), kv_tokens=96, num_steps_per_sync=32, draft=False)
         idle, session = engine.session(), engine.session()
         idle.turn("i" * 20, max_tokens=4)  # two pages of six
         held = idle.num_cached_tokens
         session.turn("s" * 20, max_tokens=40)  # four pages, to the last slot
         assert session.num_cached_tokens == 3 + 20 + 39
         assert idle.num_cached_tokens == held
-        assert visits(engine).num_visits > 0
+        assert multi_step(engine).num_syncs > 0
 
     def test_fewer_steps_where_there_are_fewer_pages(self, make_engine: MakeEngine) -> None:
-        engine = make_engine(CountingUp(), kv_tokens=64, steps_per_visit=64, draft=False)
+        engine = make_engine(CountingUp(), kv_tokens=64, num_steps_per_sync=64, draft=False)
         session = engine.session()
         with pytest.raises(OutOfPagesError):
             session.turn("s" * 20, max_tokens=60)
         assert session.num_tokens == 0
-        assert visits(engine).num_visits > 0
+        assert multi_step(engine).num_syncs > 0
         reply = session.turn("s" * 20, max_tokens=41)
         assert len(reply.token_ids) == 41
         assert engine.cache.num_free_pages == 0
 
     def test_what_was_reserved_in_vain_is_free_again(self, make_engine: MakeEngine) -> None:
         script = [FIRST_BYTE + 50, FIRST_BYTE + 51, END]
-        engine = make_engine(Scripted(script), steps_per_visit=64, page_size=1, draft=False)
+        engine = make_engine(Scripted(script), num_steps_per_sync=64, page_size=1, draft=False)
         session = engine.session()
         session.turn("hi", max_tokens=50)
-        assert visits(engine).num_visits == 1
+        assert multi_step(engine).num_syncs == 1
         assert engine.cache.num_pages_of(session._state.sequence_id) == session.num_tokens - 1
 
 
@@ -138,24 +138,24 @@ class TestUploads:
     def test_the_past_is_sent_once(self, make_engine: MakeEngine) -> None:
         """What a turn sends depends on its message and its steps, not on the history."""
         sent = []
-        engine = make_engine(CountingUp(), kv_tokens=1 << 14, page_size=64, steps_per_visit=4)
+        engine = make_engine(CountingUp(), kv_tokens=1 << 14, page_size=64, num_steps_per_sync=4)
         session = engine.session()
         session.turn("long " * 800, max_tokens=9)
-        first = visits(engine).loop.num_uploaded
+        first = multi_step(engine).loop.num_uploaded
         assert first > 4000
         for _ in range(20):
-            before = visits(engine).loop.num_uploaded
+            before = multi_step(engine).loop.num_uploaded
             session.turn("short", max_tokens=9)
-            sent.append(visits(engine).loop.num_uploaded - before)
+            sent.append(multi_step(engine).loop.num_uploaded - before)
         assert sum(sent) / 20 < 40
         assert max(sent) < 200, "a shape with more pages is sent its page table"
 
     def test_sessions_that_take_turns_keep_their_rows(self, make_engine: MakeEngine) -> None:
-        engine = make_engine(CountingUp(), kv_tokens=1 << 14, page_size=64, steps_per_visit=4)
+        engine = make_engine(CountingUp(), kv_tokens=1 << 14, page_size=64, num_steps_per_sync=4)
         sessions = [engine.session() for _ in range(4)]
         for session in sessions:
             session.turn("long " * 200, max_tokens=9)
-        loop = visits(engine).loop
+        loop = multi_step(engine).loop
         before = loop.num_uploaded
         for session in sessions:
             session.turn("short", max_tokens=9)
@@ -166,10 +166,10 @@ class TestUploads:
     def test_more_sessions_than_rows(
         self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("stateful_kv.engine.loop.token_store.HistoryStore.NUM_SLOTS", 2)
+        monkeypatch.setattr("stateful_kv.engine.loop.token_store.TokenStore.NUM_SLOTS", 2)
         texts = []
         for steps in (1, 3):
-            engine = make_engine(steps_per_visit=steps)
+            engine = make_engine(num_steps_per_sync=steps)
             sessions = [engine.session() for _ in range(5)]
             for message in MESSAGES:
                 for session in sessions:
@@ -182,12 +182,12 @@ class TestUploads:
         monkeypatch.setattr(DeviceLoop, "MAX_SHAPES", 2)
         texts = []
         for steps in (1, 3):
-            engine = make_engine(steps_per_visit=steps)
+            engine = make_engine(num_steps_per_sync=steps)
             sessions = [engine.session() for _ in range(4)]
             for number in (1, 2, 4, 1, 2, 3):
                 engine.gather([(session, "go on") for session in sessions[:number]], 20)
             texts.append([session.token_ids for session in sessions])
-            assert len(visits(engine).loop._recorded) == (0 if steps == 1 else 2)
+            assert len(multi_step(engine).loop._recorded) == (0 if steps == 1 else 2)
         assert texts[0] == texts[1]
 
 
@@ -219,7 +219,7 @@ def test_a_step_is_the_same_launches_every_time(
         seen.setdefault(state.shape, []).append(launches.calls)
 
     monkeypatch.setattr(DeviceLoop, "_step", watched)
-    engine = make_engine(steps_per_visit=4, is_recorded=False)
+    engine = make_engine(num_steps_per_sync=4, is_recorded=False)
     sessions = [engine.session() for _ in range(3)]
     for message in MESSAGES:
         items = [(one, message * (1 + index)) for index, one in enumerate(sessions)]
@@ -257,14 +257,16 @@ on_cuda = pytest.mark.parametrize("llama", ["cuda"], indirect=True)
 class TestGraphs:
     @on_cuda
     def test_every_shape_is_recorded_once(self, make_engine: MakeEngine) -> None:
-        engine = make_engine(steps_per_visit=8, is_recorded=False)
+        engine = make_engine(num_steps_per_sync=8, is_recorded=False)
         session = engine.session()
         play(session)
-        recorded = dict(visits(engine).loop._recorded)
+        recorded = dict(multi_step(engine).loop._recorded)
         assert recorded
         assert all(one.replay is not None for one in recorded.values())
         play(session, MESSAGES[:1])
-        assert all(visits(engine).loop._recorded[shape] is one for shape, one in recorded.items())
+        assert all(
+            multi_step(engine).loop._recorded[shape] is one for shape, one in recorded.items()
+        )
 
     def test_a_replay_reads_what_is_there_then(self) -> None:
         device = torch.device("cuda")
@@ -285,6 +287,6 @@ class TestGraphs:
         self, make_engine: MakeEngine
     ) -> None:
         expected = play(make_engine().session())
-        with pytest.warns(RuntimeWarning, match="a visit of several steps failed"):
-            assert play(make_engine(steps_per_visit=8).session()) == expected
-        assert play(make_engine(steps_per_visit=8, is_recorded=False).session()) == expected
+        with pytest.warns(RuntimeWarning, match="several steps at once failed"):
+            assert play(make_engine(num_steps_per_sync=8).session()) == expected
+        assert play(make_engine(num_steps_per_sync=8, is_recorded=False).session()) == expected

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 
 from stateful_kv.engine.loop.device_loop import DeviceLoop
-from stateful_kv.engine.multi_step import Visits
 from stateful_kv.errors import StatefulKVError
 from stateful_kv.kv.cache import KVCache
 from stateful_kv.text.stopping import StopRules
 from tests.e2e.conftest import MakeEngine
+from tests.e2e.multi_step_play import multi_step
 from tests.e2e.tiny import FIRST_BYTE, CountingUp, Scripted
-from tests.e2e.visiting import visits
 
 
 class BoomError(Exception):
@@ -25,7 +24,7 @@ class TestFaults:
         outcomes = []
         for steps in (1, 2, 3, 8):
             script = [*(FIRST_BYTE + 40 + i for i in range(7)), None, FIRST_BYTE + 48]
-            engine = make_engine(Scripted(script), steps_per_visit=steps)
+            engine = make_engine(Scripted(script), num_steps_per_sync=steps)
             good, bad = engine.session(), engine.session()
             items = [(good, "g"), (bad, "b")]
             engine.gather(items, 5)
@@ -39,7 +38,7 @@ class TestFaults:
             assert "row_error" in str(replies[1])
             reply = bad.turn("b", max_tokens=6)
             assert reply.token_ids == script[:6]
-            assert (visits(engine).num_visits > 0) is (steps > 1)
+            assert (multi_step(engine).num_syncs > 0) is (steps > 1)
         assert all(one == outcomes[0] for one in outcomes)
 
     def test_bad_logits_beside_a_good_turn(self, make_engine: MakeEngine) -> None:
@@ -51,7 +50,7 @@ class TestFaults:
 
         outcomes = []
         for steps in (1, 4, 8):
-            engine = make_engine(BadAtPosition60(), steps_per_visit=steps)
+            engine = make_engine(BadAtPosition60(), num_steps_per_sync=steps)
             good, bad = engine.session(), engine.session()
             before = bad.turn("b", max_tokens=5).token_ids
             items = [(good, "g"), (bad, "b" * 30)]
@@ -62,13 +61,13 @@ class TestFaults:
             bad.turn("x", max_tokens=5)
             good.turn("x", max_tokens=5)
             outcomes.append((replies[0].token_ids, good.token_ids, bad.token_ids))
-            assert (visits(engine).num_visits > 0) is (steps > 1)
+            assert (multi_step(engine).num_syncs > 0) is (steps > 1)
         assert outcomes[0] == outcomes[1] == outcomes[2]
         assert len(outcomes[0][0]) == 40
 
     def test_a_visit_that_fails_loses_nothing(self, make_engine: MakeEngine) -> None:
         model = CountingUp()
-        engine = make_engine(model, steps_per_visit=4, draft=False)
+        engine = make_engine(model, num_steps_per_sync=4, draft=False)
         session = engine.session()
         calls = iter(range(1000))
 
@@ -81,7 +80,7 @@ class TestFaults:
             reply = session.turn("x", max_tokens=40)
         expected = make_engine(CountingUp(), draft=False).session().turn("x", max_tokens=40)
         assert reply.token_ids == expected.token_ids
-        assert visits(engine).num_visits > 5
+        assert multi_step(engine).num_syncs > 5
 
     def test_visits_that_always_fail_become_rare(
         self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
@@ -94,8 +93,8 @@ class TestFaults:
             raise BoomError
 
         monkeypatch.setattr(DeviceLoop, "run", run)
-        engine = make_engine(CountingUp(), steps_per_visit=4, draft=False)
-        with pytest.warns(RuntimeWarning, match="a visit of several steps failed") as caught:
+        engine = make_engine(CountingUp(), num_steps_per_sync=4, draft=False)
+        with pytest.warns(RuntimeWarning, match="several steps at once failed") as caught:
             reply = engine.session().turn("x", max_tokens=100)
         assert len(caught) == 1
         assert len(reply.token_ids) == 100
@@ -104,7 +103,7 @@ class TestFaults:
     def test_an_error_in_the_model_ends_only_its_row(self, make_engine: MakeEngine) -> None:
         """The visit fails as a whole; the single step that follows finds whose fault it is."""
         model = CountingUp()
-        engine = make_engine(model, steps_per_visit=4)
+        engine = make_engine(model, num_steps_per_sync=4)
         good, bad = engine.session(), engine.session()
 
         def before(batch: Any) -> None:
@@ -118,12 +117,12 @@ class TestFaults:
         assert isinstance(outcomes[1], BoomError)
         assert bad.num_tokens == 0
         assert len(outcomes[0].token_ids) == 40
-        assert visits(engine).num_visits > 2
+        assert multi_step(engine).num_syncs > 2
 
     @pytest.mark.parametrize("at", range(12))
     def test_an_interrupt_anywhere(self, make_engine: MakeEngine, at: int) -> None:
         model = CountingUp()
-        engine = make_engine(model, steps_per_visit=4)
+        engine = make_engine(model, num_steps_per_sync=4)
         session = engine.session()
         session.turn("x", max_tokens=10)
         tokens = session.token_ids
@@ -151,29 +150,29 @@ class TestFaults:
         self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, at: int
     ) -> None:
         """KV that cannot be trusted any more is computed anew."""
-        engine = make_engine(steps_per_visit=4)
+        engine = make_engine(num_steps_per_sync=4)
         one, other = engine.session(), engine.session()
-        reserve = Visits._reserve_tokens
+        reserve = MultiStep._reserve
         calls = iter(range(1000))
 
         def failing(self: KVCache, *arguments: Any, **options: Any) -> None:
-            reserve_pages(self, *arguments, **options)
-            if is_visit and next(calls) == at:
+            append(self, *arguments, **options)
+            if is_multi_step and next(calls) == at:
                 raise BoomError
 
-        is_visit = False
-        reserve_pages = KVCache.reserve
+        is_multi_step = False
+        append = KVCache.reserve
 
-        def watched(*arguments: Any, **options: Any) -> None:
-            nonlocal is_visit
-            is_visit = True
+        def watched(*arguments: Any, **options: Any) -> Any:
+            nonlocal is_multi_step
+            is_multi_step = True
             try:
-                reserve(*arguments, **options)
+                return reserve(*arguments, **options)
             finally:
-                is_visit = False
+                is_multi_step = False
 
         monkeypatch.setattr(KVCache, "reserve", failing)
-        monkeypatch.setattr(Visits, "_reserve_tokens", watched)
+        monkeypatch.setattr(MultiStep, "_reserve", watched)
         with pytest.warns(RuntimeWarning, match="BoomError"):
             replies = engine.gather([(one, "hello"), (other, "you")], max_tokens=30)
         monkeypatch.undo()
@@ -182,12 +181,12 @@ class TestFaults:
             [(single.session(), "hello"), (single.session(), "you")], max_tokens=30
         )
         assert [r.token_ids for r in replies] == [r.token_ids for r in expected]
-        assert visits(engine).num_visits > 0
+        assert multi_step(engine).num_syncs > 0
 
     def test_an_error_while_text_is_made(
         self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        engine = make_engine(CountingUp(), steps_per_visit=8)
+        engine = make_engine(CountingUp(), num_steps_per_sync=8)
         session, other = engine.session(), engine.session()
         engine.gather([(session, "x"), (other, "x")], max_tokens=4)
         tokens = session.token_ids

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 from stateful_kv.engine.engine import Engine
-from stateful_kv.engine.multi_step import Visits
+from stateful_kv.engine.multi_step import MultiStep
 from stateful_kv.session.session import Session
 
 MESSAGES = ("list the files, please", "read a.txt and read a.txt again", "ok", "now write b.txt")
 STEPS = [2, 3, 8]
 
 
-def visits(engine: Engine) -> Visits:
-    return engine._visits
+def multi_step(engine: Engine) -> MultiStep:
+    return engine._scheduler.multi_step
 
 
 def play(session: Session, messages: tuple[str, ...] = MESSAGES, **sampling: Any) -> list[int]:

@@ -12,8 +12,8 @@ import pytest
 from stateful_kv.choosing.params import SamplingParams
 from stateful_kv.engine.config import EngineConfig
 from tests.e2e.conftest import MakeEngine, on_devices
+from tests.e2e.multi_step_play import MESSAGES, STEPS, kv_of, multi_step, play
 from tests.e2e.tiny import END, FIRST_BYTE, CountingUp, Recorder, Scripted
-from tests.e2e.visiting import MESSAGES, STEPS, kv_of, play, visits
 
 SAMPLED = {"temperature": 0.8, "seed": 11, "top_p": 0.9, "min_p": 0.01}
 SETTINGS = [{}, SAMPLED, {"temperature": 1.3, "seed": 2**64 - 1, "top_k": 40}]
@@ -30,18 +30,18 @@ class TestSameReplies:
     ) -> None:
         single = make_engine(draft=draft, kv_dtype=kv_dtype).session()
         engine = make_engine(
-            draft=draft, kv_dtype=kv_dtype, steps_per_visit=steps, is_recorded=False
+            draft=draft, kv_dtype=kv_dtype, num_steps_per_sync=steps, is_recorded=False
         )
         session = engine.session()
         assert play(session, **sampling) == play(single, **sampling)
         assert session.turns == single.turns
         assert session.num_cached_tokens == single.num_cached_tokens == session.num_tokens - 1
         assert kv_of(session) == kv_of(single)
-        assert 0 < visits(engine).num_visits <= 4 * (24 // steps + 1)
+        assert 0 < multi_step(engine).num_syncs <= 4 * (24 // steps + 1)
 
     @pytest.mark.parametrize("steps", STEPS)
     def test_rows_have_the_bits_of_single_steps(self, make_engine: MakeEngine, steps: int) -> None:
-        plain, engine = make_engine(draft=False), make_engine(steps_per_visit=steps)
+        plain, engine = make_engine(draft=False), make_engine(num_steps_per_sync=steps)
         play(plain.session())
         play(engine.session())
         assert isinstance(plain.model, Recorder)
@@ -57,7 +57,7 @@ class TestSameReplies:
     ) -> None:
         """They end at different times, and some draft while others do not."""
         replies = []
-        for config in ({}, {"steps_per_visit": steps}):
+        for config in ({}, {"num_steps_per_sync": steps}):
             engine = make_engine(draft=draft, is_recorded=False, **config)
             sessions = [
                 engine.session(
@@ -76,7 +76,7 @@ class TestSameReplies:
                 ]
                 texts += [r.token_ids for r in engine.gather(items, 10 + 7 * turn)]
             replies.append((texts, [one.token_ids for one in sessions]))
-            assert (visits(engine).num_visits > 0) is bool(config)
+            assert (multi_step(engine).num_syncs > 0) is bool(config)
         assert replies[0] == replies[1]
 
     @on_devices
@@ -84,7 +84,7 @@ class TestSameReplies:
     def test_forks_rewinds_and_truncates(self, make_engine: MakeEngine, steps: int) -> None:
         """What the device knows of a session ends where its ledger was cut."""
         texts = []
-        for config in ({}, {"steps_per_visit": steps}):
+        for config in ({}, {"num_steps_per_sync": steps}):
             session = make_engine(is_recorded=False, **config).session()
             play(session, MESSAGES[:2])
             child = session.fork()
@@ -101,7 +101,7 @@ class TestSameReplies:
 
     @pytest.mark.parametrize("max_tokens", range(1, 12))
     def test_max_tokens(self, make_engine: MakeEngine, max_tokens: int) -> None:
-        engine = make_engine(CountingUp(), steps_per_visit=4, draft=False)
+        engine = make_engine(CountingUp(), num_steps_per_sync=4, draft=False)
         single = make_engine(CountingUp())
         for one in (engine, single):
             session = one.session()
@@ -109,12 +109,12 @@ class TestSameReplies:
                 reply = session.turn(message, max_tokens=max_tokens)
                 assert (len(reply.token_ids), reply.finish_reason) == (max_tokens, "length")
         left = max_tokens - 1  # the first token comes with the prompt; a last one alone is a step
-        assert visits(engine).num_visits == 2 * (left // 4 + (left % 4 > 1))
+        assert multi_step(engine).num_syncs == 2 * (left // 4 + (left % 4 > 1))
 
     def test_the_end_of_the_context(self, make_engine: MakeEngine) -> None:
         replies = []
         for steps in (1, 8):
-            engine = make_engine(CountingUp(max_position=50), steps_per_visit=steps)
+            engine = make_engine(CountingUp(max_position=50), num_steps_per_sync=steps)
             replies.append(engine.session().turn("m" * 30, max_tokens=100))
         assert replies[0].token_ids == replies[1].token_ids
         assert replies[1].finish_reason == "length"
@@ -125,7 +125,7 @@ class TestSameReplies:
     ) -> None:
         """Tokens of ordinary steps between visits reach the device with the next one."""
         single = make_engine(CountingUp()).session()
-        session = make_engine(CountingUp(), steps_per_visit=3).session()
+        session = make_engine(CountingUp(), num_steps_per_sync=3).session()
         for sampling in ({}, {"presence_penalty": 0.5}, {}, {"frequency_penalty": 0.5}, {}):
             for one in (single, session):
                 one.turn("x", max_tokens=11, **sampling)
@@ -137,7 +137,7 @@ class TestStops:
     @pytest.mark.parametrize("place", range(2, 12))
     def test_the_end_token(self, make_engine: MakeEngine, steps: int, place: int) -> None:
         script = [FIRST_BYTE + 65 + i for i in range(place)] + [END, 99, 98]
-        session = make_engine(Scripted(script), steps_per_visit=steps).session()
+        session = make_engine(Scripted(script), num_steps_per_sync=steps).session()
         for _ in range(3):
             reply = session.turn("hi", max_tokens=40)
             assert reply.token_ids == script[: place + 1]
@@ -151,7 +151,7 @@ class TestStops:
     ) -> None:
         script = [FIRST_BYTE + byte for byte in b"abcabcabcabcX stop here, abcabc"]
         outcomes = []
-        for config in ({}, {"steps_per_visit": steps}):
+        for config in ({}, {"num_steps_per_sync": steps}):
             engine = make_engine(Scripted(script), draft=draft, **config)
             one, other = engine.session(), engine.session()
             found = []
@@ -167,11 +167,11 @@ class TestStops:
         stops = tuple(FIRST_BYTE + 100 + i for i in range(30))
         for last in (stops[0], stops[-1]):
             script = [FIRST_BYTE + i for i in (60, 61, 62, 63)] + [last, 77, 78]
-            engine = make_engine(Scripted(script), steps_per_visit=8)
+            engine = make_engine(Scripted(script), num_steps_per_sync=8)
             reply = engine.session().turn("x", max_tokens=30, stop_token_ids=stops)
             assert reply.token_ids == script[:5]
             assert reply.receipt.steps <= 5
-            assert visits(engine).num_visits == 1
+            assert multi_step(engine).num_syncs == 1
 
 
 class TestBooks:
@@ -179,7 +179,7 @@ class TestBooks:
     def test_every_token_comes_from_a_step_or_a_draft(
         self, make_engine: MakeEngine, steps: int
     ) -> None:
-        engine = make_engine(steps_per_visit=steps)
+        engine = make_engine(num_steps_per_sync=steps)
         session = engine.session()
         accepted = 0
         for message in MESSAGES:
@@ -193,13 +193,13 @@ class TestBooks:
 
     def test_what_was_dropped_is_not_in_the_receipt(self, make_engine: MakeEngine) -> None:
         script = [FIRST_BYTE + byte for byte in b"abcdeX and so on, on and on"]
-        engine = make_engine(Scripted(script), steps_per_visit=8, draft=False)
+        engine = make_engine(Scripted(script), num_steps_per_sync=8, draft=False)
         receipt = engine.session().turn("hi", stop=("eX",)).receipt
         assert (receipt.steps, receipt.output_tokens) == (6, 6)
         assert (receipt.drafted_tokens, receipt.accepted_tokens) == (0, 0)
 
     def test_without_drafts_nothing_is_drafted(self, make_engine: MakeEngine) -> None:
-        engine = make_engine(steps_per_visit=4)
+        engine = make_engine(num_steps_per_sync=4)
         silent, other = engine.session(draft=False), engine.session()
         for _ in range(3):
             replies = engine.gather([(silent, "again"), (other, "again")], 30, ignore_eos=True)
@@ -208,10 +208,10 @@ class TestBooks:
 
     def test_the_host_drafter_follows(self, make_engine: MakeEngine) -> None:
         """After visits a single step drafts from all of the text."""
-        engine = make_engine(steps_per_visit=8)
+        engine = make_engine(num_steps_per_sync=8)
         session = engine.session()
         play(session, MESSAGES * 2)
-        visits(engine)._max_steps = 1
+        multi_step(engine)._max_steps = 1
         receipt = session.turn(MESSAGES[0], max_tokens=60, ignore_eos=True).receipt
         assert receipt.accepted_tokens > 0
 
@@ -219,10 +219,10 @@ class TestBooks:
 class TestConfig:
     @pytest.mark.parametrize("value", [0, -1, 65, 1.5, "8", True])
     def test_values(self, value: Any) -> None:
-        with pytest.raises(ValueError, match="steps_per_visit: expected"):
-            EngineConfig(steps_per_visit=value)
+        with pytest.raises(ValueError, match="num_steps_per_sync: expected"):
+            EngineConfig(num_steps_per_sync=value)
 
     def test_defaults(self) -> None:
-        assert EngineConfig().steps_per_visit == 1
-        assert EngineConfig(device="cuda").steps_per_visit == 8
-        assert EngineConfig(device="cuda", steps_per_visit=64).steps_per_visit == 64
+        assert EngineConfig().num_steps_per_sync == 1
+        assert EngineConfig(device="cuda").num_steps_per_sync == 8
+        assert EngineConfig(device="cuda", num_steps_per_sync=64).num_steps_per_sync == 64
