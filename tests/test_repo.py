@@ -117,7 +117,8 @@ def test_layers() -> None:
         ("csrc/bindings/a_cuda.cpp", "#include <ATen/cuda/CUDAContext.h>"),
         ("csrc/bindings/a.cpp", "#include <cuda_runtime.h>"),
         ("tests/cpp/a.cpp", "#include <pybind11/pybind11.h>"),
-        ("python/stateful_kv/engine.py", "torch.ops.stateful_kv.append_kv(k)"),
+        ("python/stateful_kv/engine/step.py", "torch.ops.stateful_kv.append_kv(k)"),
+        ("python/stateful_kv/engine/ops.py", "torch.ops.stateful_kv.append_kv(k)"),
         ("tests/reference/a.py", "from stateful_kv import ops"),
     ],
 )
@@ -135,7 +136,7 @@ def test_layer_break_is_found(tmp_path: Path, name: str, line: str) -> None:
         ("csrc/kernels/cuda/a.cu", "#include <cuda_runtime.h>"),
         ("csrc/bindings/a_cuda.cpp", "#include <c10/cuda/CUDAStream.h>"),
         ("csrc/bindings/a.cpp", '#include "csrc/core/radix_tree.h"'),
-        ("python/stateful_kv/ops.py", "torch.ops.stateful_kv.append_kv(k)"),
+        ("python/stateful_kv/ops/kv.py", "torch.ops.stateful_kv.append_kv(k)"),
     ],
 )
 def test_allowed_include_passes(tmp_path: Path, name: str, line: str) -> None:
