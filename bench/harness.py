@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bench import cuda_timing, roofs, targets
+from bench.cuda_timing import Call
 
 SCHEMA = "stateful-kv-bench/1"
 CLEAR = 0.02  # An interval this far from 1 is FASTER or SLOWER.
@@ -75,9 +76,6 @@ class Check:
     bits_equal: bool | None = None
     # Whether a model and its peer choose the same token from the last row; None elsewhere.
     same_token: bool | None = None
-
-
-Call = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -248,7 +246,9 @@ class _Side:
 
 
 def _side(call: Call, trial: Trial) -> _Sampler:
-    return cuda_timing.GraphSide(call, trial) if trial.is_captured else _Side(call, trial)
+    if trial.is_captured:
+        return cuda_timing.GraphSide(call, trial.rotations, trial.calls_per_sample)
+    return _Side(call, trial)
 
 
 def measure(trial: Trial, peer: str | None, settings: Settings) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from bench.gpu_shapes import AttentionShape, make_inputs
 from bench.suites.gpu_attention import attend, attend_shared
-from bench.suites.gpu_shapes import AttentionShape, make_inputs
 from stateful_kv import ops
 from tests.ops import cases
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from bench import cuda_timing, harness
+from bench.gpu_shapes import AttentionInputs, AttentionShape, make_inputs
 from bench.harness import Call, Case, Check, Missing, PeerMissingError, Settings, Trial
 from bench.peers import flashinfer_attention, own_splits, torch_attention
 from bench.peers.torch_attention import relative_error
 from bench.suites import shapes
-from bench.suites.gpu_shapes import AttentionInputs, AttentionShape, make_inputs
 from stateful_kv import ops
 
 SHAPES = {

@@ -99,7 +99,7 @@ def run(one: Trial, settings: Settings = SMOKE) -> list[dict]:
 
 
 def test_a_graph_holds_whole_rounds_between_two_events(cuda):
-    side = cuda_timing.GraphSide(cuda.call("ours"), trial(cuda))
+    side = cuda_timing.GraphSide(cuda.call("ours"), rotations=3)
     calls = side.calibrate(7e-6)
     assert calls == 9  # three rounds over three inputs, not fewer than seven calls
     assert side.sample(calls) == pytest.approx(1e-6)

@@ -14,10 +14,10 @@ import torch
 
 from bench import __main__ as command
 from bench import harness, targets
+from bench.gpu_shapes import AttentionShape, make_inputs
 from bench.harness import Settings
 from bench.peers import flashinfer_attention, own_splits, torch_attention, transformers_chat
 from bench.suites import gpu_attention, gpu_model, gpu_workflow, on_device
-from bench.suites.gpu_shapes import AttentionShape, make_inputs
 from stateful_kv import ops
 from stateful_kv.apps.workflow import load_workflow
 from stateful_kv.models.files.loading import load_model, resolve
