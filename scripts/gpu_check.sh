@@ -12,7 +12,7 @@
 #
 # PYTHON            interpreter with torch (default python3)
 # JOBS              parallel compiler runs (default all cores)
-# SKV_GPU_WEIGHTS   what scripts/gpu_weights.sh unpacked: an entry of PYTHONPATH with the weights
+# SKV_GPU_WEIGHTS   what scripts/gpu/gpu_weights.sh unpacked: an entry of PYTHONPATH with the weights
 # SKV_GPU_LIMITS    other time limits in seconds, such as "build=300 gpu-tests=60"
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -169,7 +169,7 @@ sanitize() { # sanitize STAGE
   # torch asks the driver for things that may not be there: no errors of ours.
   [ "$1" != memcheck ] || options=(--report-api-errors no)
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_stage "$1" TERM "$tool" --tool "$1" --error-exitcode 9 \
-    ${options[@]+"${options[@]}"} "$python" scripts/gpu_ops_once.py
+    ${options[@]+"${options[@]}"} "$python" scripts/gpu/gpu_ops_once.py
 }
 
 bench() { # bench STAGE SUITE ARGUMENTS...
@@ -213,7 +213,7 @@ run_one() { # run_one STAGE
     # Tests switch deterministic algorithms on, and then torch wants to know cuBLAS' workspace.
     gpu-tests) SKV_REQUIRE_CUDA=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 pytest_stage gpu-tests tests -m cuda ;;
     memcheck | racecheck | synccheck) sanitize "$1" ;;
-    bits) run_stage bits TERM "$python" scripts/gpu_bits.py "${device_args[@]}" --out "$out/bits.json" ;;
+    bits) run_stage bits TERM "$python" scripts/gpu/gpu_bits.py "${device_args[@]}" --out "$out/bits.json" ;;
     bench-attention) bench "$1" gpu_attention --peer decode_step,not_shared,torch_sdpa,flashinfer ;;
     bench-splits) bench "$1" gpu_attention --peer own_splits,own_wgmma ;;
     # A compiler run for each case: two of them.

@@ -118,7 +118,7 @@ def test_all_stages_pass(machine: Machine) -> None:
     assert "-DSTATEFUL_KV_CUDA_ARCHS=90" in asked and "-DSTATEFUL_KV_CUDA=ON" in asked
     assert re.search(r"-m pytest .* tests -m cuda \| SKV_REQUIRE_CUDA=1", asked)
     assert "-m bench run gpu_attention --device cuda --peer decode_step," in asked
-    assert asked.count("scripts/gpu_ops_once.py") == 3
+    assert asked.count("scripts/gpu/gpu_ops_once.py") == 3
 
 
 def test_limits_are_below_ten_minutes() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from stateful_kv import ops
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts" / "gpu"
 
 
 def load(name: str) -> ModuleType:

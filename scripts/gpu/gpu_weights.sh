@@ -3,8 +3,8 @@
 # Python packages that read them, in parts of a limited size with checksums; and unpacks them.
 # (The workflows of the benches are part of this repository.)
 #
-#   scripts/gpu_weights.sh pack FOLDER [EXTRA...]     EXTRA files and folders go along, in extra/
-#   scripts/gpu_weights.sh unpack TARGET FOLDER...    parts may lie in several folders
+#   scripts/gpu/gpu_weights.sh pack FOLDER [EXTRA...]     EXTRA files and folders go along, in extra/
+#   scripts/gpu/gpu_weights.sh unpack TARGET FOLDER...    parts may lie in several folders
 #
 # Afterwards TARGET is an entry of PYTHONPATH: SKV_GPU_WEIGHTS=TARGET scripts/gpu_check.sh OUTPUT_DIR
 #
@@ -14,10 +14,10 @@
 #
 # Status of unpack: 0 unpacked; 3 parts are still missing, all that are there are whole; 1 damaged.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 PACKAGES=${PACKAGES:-gguf}
 PART_SIZE=${PART_SIZE:-60M}
-usage="usage: scripts/gpu_weights.sh pack FOLDER [EXTRA...] | unpack TARGET FOLDER..."
+usage="usage: scripts/gpu/gpu_weights.sh pack FOLDER [EXTRA...] | unpack TARGET FOLDER..."
 archive=weights.tar
 manifest=weights.sha256
 work=""
@@ -25,7 +25,7 @@ trap 'rm -rf "$work"' EXIT
 
 default_python() {
   local own
-  own=$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/python
+  own=$(dirname "${BASH_SOURCE[0]}")/../../.venv/bin/python
   if [ -x "$own" ]; then printf '%s\n' "$own"; else printf '%s\n' python3; fi
 }
 
