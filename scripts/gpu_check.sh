@@ -53,13 +53,13 @@ declare -A limits=(
 )
 stages=(environment build cpu-tests gpu-tests memcheck racecheck synccheck bits
   bench-attention bench-splits bench-flex bench-model bench-workflow)
-for one in ${SKV_GPU_LIMITS:-}; do
-  [[ "$one" =~ ^([a-z-]+)=([1-9][0-9]*)$ && -n "${limits[${BASH_REMATCH[1]}]:-}" ]] ||
-    die "SKV_GPU_LIMITS: expected STAGE=SECONDS, got '$one' (stages: ${stages[*]})"
+for limit in ${SKV_GPU_LIMITS:-}; do
+  [[ "$limit" =~ ^([a-z-]+)=([1-9][0-9]*)$ && -n "${limits[${BASH_REMATCH[1]}]:-}" ]] ||
+    die "SKV_GPU_LIMITS: expected STAGE=SECONDS, got '$limit' (stages: ${stages[*]})"
   limits[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
 done
-for one in ${only//,/ }; do
-  [ -n "${limits[$one]:-}" ] || die "--only: no stage '$one' (stages: ${stages[*]})"
+for stage in ${only//,/ }; do
+  [ -n "${limits[$stage]:-}" ] || die "--only: no stage '$stage' (stages: ${stages[*]})"
 done
 
 mkdir -p "$out" || die "$out: cannot be made"
@@ -201,7 +201,7 @@ skip_reason() { # skip_reason STAGE: why it cannot run; nothing where it can
   fi
 }
 
-run_one() { # run_one STAGE
+run_by_name() { # run_by_name STAGE
   case "$1" in
     environment)
       run_stage environment TERM bash -c 'python=$0 && environment' "$python"
@@ -226,23 +226,23 @@ run_one() { # run_one STAGE
 
 export python capability
 export -f environment build say find_nvcc find_sanitizer missing_modules
-for one in "${stages[@]}"; do
-  wanted "$one" || continue
-  reason=$(skip_reason "$one")
-  if [ -n "$reason" ]; then note "$one" SKIPPED 0 "$reason"; else run_one "$one"; fi
+for stage in "${stages[@]}"; do
+  wanted "$stage" || continue
+  reason=$(skip_reason "$stage")
+  if [ -n "$reason" ]; then note "$stage" SKIPPED 0 "$reason"; else run_by_name "$stage"; fi
 done
 
 say ""
 say "=== figures"
 ! has_run bits || grep 'equal for' "$out/bits.log" | cut -c1-110
-for one in attention splits flex model workflow; do
-  ! has_run "bench-$one" || grep ' vs ' "$out/bench-$one.log" | cut -c1-150
+for name in attention splits flex model workflow; do
+  ! has_run "bench-$name" || grep ' vs ' "$out/bench-$name.log" | cut -c1-150
 done
 say ""
 say "=== targets"
 results=()
-for one in attention model workflow; do
-  ! has_run "bench-$one" || [ ! -s "$out/gpu_$one.json" ] || results+=("$out/gpu_$one.json")
+for name in attention model workflow; do
+  ! has_run "bench-$name" || [ ! -s "$out/gpu_$name.json" ] || results+=("$out/gpu_$name.json")
 done
 if [ "${#results[@]}" -gt 0 ]; then
   timeout 30 "$python" -m bench targets "${results[@]}" 2>&1 | cut -c1-150

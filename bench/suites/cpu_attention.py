@@ -83,8 +83,8 @@ def _peers(
     for name, dtype in PEERS.items():
         if name != "torch_sdpa_fp32" and not settings.asks_for(name):
             continue
-        keys = [_contiguous(one.k, one.k_scales, pages, seq_len, dtype) for one in layers]
-        values = [_contiguous(one.v, one.v_scales, pages, seq_len, dtype) for one in layers]
+        keys = [_contiguous(layer.k, layer.k_scales, pages, seq_len, dtype) for layer in layers]
+        values = [_contiguous(layer.v, layer.v_scales, pages, seq_len, dtype) for layer in layers]
         query = q.transpose(0, 1)[None].to(dtype).contiguous()
         peers[name] = partial(_run_sdpa, query, keys, values, mask, SCALE)
     return peers

@@ -70,11 +70,11 @@ class _DecodingTurn:
             seconds = self.step()
         events = profiled.key_averages()
         kernels = {
-            one.key.removeprefix(NAMESPACE): one.cpu_time_total * 1e-6
-            for one in events
-            if one.key.startswith(NAMESPACE) and one.key not in CONTAINERS
+            event.key.removeprefix(NAMESPACE): event.cpu_time_total * 1e-6
+            for event in events
+            if event.key.startswith(NAMESPACE) and event.key not in CONTAINERS
         }
-        return _ProfiledStep(seconds, kernels, sum(one.count for one in events))
+        return _ProfiledStep(seconds, kernels, sum(event.count for event in events))
 
     def close(self) -> None:
         """Ends the turn and frees the KV."""

@@ -76,7 +76,7 @@ def _as_rows(result: Tensor) -> Tensor:
 def reference(inputs: AttentionInputs) -> Tensor:
     """float32[n, H, D]: the rows of the last sequence, one KV head after the other."""
     shape = inputs.shape
-    k, v = (one[-1].float() for one in inputs.contiguous[0])
+    k, v = (tensor[-1].float() for tensor in inputs.contiguous[0])
     q = inputs.q[-shape.rows :].float()
     group = shape.heads // shape.kv_heads
     keys = torch.arange(shape.kv_len, device=q.device)

@@ -200,8 +200,8 @@ def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, An
     else:
         peer = {}
         measure(fp32, list(ours.values()), tokens)
-    for variant, one in ours.items():
-        result = _result(variant, one, fp32, len(tokens), peer)
+    for variant, evaluation in ours.items():
+        result = _result(variant, evaluation, fp32, len(tokens), peer)
         emit(result)
         if broken := [name for name, holds in result["checks"].items() if not holds]:
             label = "/".join(variant)

@@ -200,10 +200,11 @@ def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, An
         max_tokens = 48
         if settings.smoke:
             file, max_tokens = _shortened(file, 5), 8
-        played = play(file, max_tokens, runs, {one: PEERS[one] for one in peers})
+        played = play(file, max_tokens, runs, {peer: PEERS[peer] for peer in peers})
         for peer, reason in played.missing.items():
             emit(harness.skipped("workflow", "later_turn", {"workflow": name}, peer, reason))
-        for peer in (*compared, *(one for one in peers if one in played.rows)):
+        started = [peer for peer in peers if peer in played.rows]
+        for peer in (*compared, *started):
             result = result_of(name, peer, max_tokens, played)
             broken = [check for check, holds in result["checks"].items() if not holds]
             if broken:

@@ -76,16 +76,16 @@ PYTHON
 }
 
 pack() { # pack FOLDER [EXTRA...]
-  local folder=$1 one
+  local folder=$1 extra
   shift
   mkdir -p "$folder"
   [ -z "$(ls -A "$folder")" ] || die "$folder: expected an empty folder"
   work=$(mktemp -d)
   collect "$work"
-  for one in "$@"; do
-    [ -e "$one" ] || die "$one: no such file or folder"
+  for extra in "$@"; do
+    [ -e "$extra" ] || die "$extra: no such file or folder"
     mkdir -p "$work/extra"
-    cp -R "$one" "$work/extra/"
+    cp -R "$extra" "$work/extra/"
   done
   # The same files give the same bytes.
   if ! tar -C "$work" --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf - . |

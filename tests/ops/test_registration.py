@@ -43,7 +43,7 @@ def clone(arguments: dict[str, Any]) -> dict[str, Any]:
 def to_meta(value: Any) -> Any:
     """Tensors, and those in lists, without their content."""
     if isinstance(value, list):
-        return [to_meta(one) for one in value]
+        return [to_meta(item) for item in value]
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
