@@ -67,7 +67,7 @@ class GraphSide:
         self._graphs: dict[int, _TimedGraph] = {}
 
     def sample(self, calls: int) -> float:
-        """Seconds a call, over `calls` calls in one graph."""
+        """Seconds per call, as the mean of `calls` calls in one graph."""
         if calls not in self._graphs:
             self._graphs.clear()  # only the last one is replayed again
             self._graphs[calls] = _TimedGraph(self._call, calls, self._rotations)

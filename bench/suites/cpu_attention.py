@@ -118,7 +118,7 @@ def _setup(num_rows: int, seq_len: int, kv_dtype: str, settings: Settings) -> Tr
 
     def check(peer: str) -> harness.Check:
         result = ours(0)
-        # The first row as a decode step of its own, at its own position.
+        # The first row once more, as a decode step at its position: the bits must be the same.
         first = attend(q[:1], layers[0], seq_lens - num_rows + 1, one_row)
         bits = torch.equal(first, result[:1])
         expected = peers[peer](0)[0].transpose(0, 1).float()

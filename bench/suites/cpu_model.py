@@ -140,7 +140,7 @@ def _setup(kind: str, num_rows: int, context: int, sides: Sides, settings: Setti
         call(ours)
         together = ours.logits()
         reset()
-        # The last row again, after the others in a pass of their own: it must not matter.
+        # The last row once more, in a pass of its own after the others: the bits must be the same.
         if num_rows > 1:
             ours.run(tokens[:-1], 1)
         ours.run(tokens[-1:], 1)

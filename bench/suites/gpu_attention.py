@@ -110,7 +110,7 @@ class _Peers:
     def __init__(self, inputs: AttentionInputs, settings: Settings) -> None:
         self.calls: dict[str, Call | Missing] = {}
         self.details: dict[str, dict[str, Any]] = {}
-        # How a peer's result is brought to rows of ours, and the rows that it has.
+        # By peer: turns its result into rows in our layout, maybe fewer than we compute.
         self.rows: dict[str, Callable[[Any], Tensor]] = {}
         self._inputs = inputs
         shape = inputs.shape
@@ -205,7 +205,7 @@ def _setup(shape: AttentionShape, settings: Settings) -> Trial:
         if peer == "not_shared":
             bits = bits and torch.equal(result, attend(inputs, 0))
         elif peer == "decode_step":
-            # Of each sequence its last row.
+            # The peer computed only the last row of each sequence.
             bits = bits and torch.equal(result[shape.rows - 1 :: shape.rows], _run(peers, peer))
         elif peer in ("own_splits", "own_wgmma"):
             bits = bits and torch.equal(result, _run(peers, peer))

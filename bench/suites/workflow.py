@@ -93,7 +93,7 @@ def play(
         played.rows = {name: [] for name in players}
         for _ in range(file.num_turns):
             for name, turns in players.items():
-                # Threads of the side before must sleep, as in the harness.
+                # Wait until the previous player's threads sleep, as the harness does.
                 time.sleep(harness.SETTLE_S)
                 played.rows[name].extend(row for row in [next(turns, None)] if row is not None)
     return played
@@ -184,7 +184,8 @@ def _chosen(settings: Settings) -> tuple[list[str], list[str], list[str]]:
         for name in RUNS
         if name != "stateful" and (settings.peer is None or settings.asks_for(name))
     ]
-    # Where our runs are compared at all, all of them check each other; else the cheaper one does.
+    # If any of our runs is compared, all runs take part and check each other; otherwise only
+    # no_draft, the cheaper one, checks the stateful run.
     return list(RUNS) if compared else ["stateful", "no_draft"], compared, peers
 
 

@@ -87,7 +87,7 @@ pack() { # pack FOLDER [EXTRA...]
     mkdir -p "$work/extra"
     cp -R "$extra" "$work/extra/"
   done
-  # The same files give the same bytes.
+  # Fixed order, times and owners: the same files give the same bytes.
   if ! tar -C "$work" --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf - . |
     split -b "$PART_SIZE" -d -a 3 - "$folder/$archive.part-"; then
     rm -f "$folder/$archive".part-*
@@ -112,7 +112,7 @@ find_part() { # find_part NAME SUM FOLDER...: prints the path of a whole copy
   [ -z "$damaged" ] || die "$damaged: damaged: its checksum is not that of $manifest"
 }
 
-# A manifest that was cut would pass for the one of fewer parts.
+# Without this check a manifest that was cut would look like a whole one with fewer parts.
 check_manifest() { # check_manifest LIST: "SUM  NAME" of part 000, 001, ...; the tar knows its own end
   local sum name count=0
   while read -r sum name || [ -n "$sum" ]; do

@@ -1,4 +1,4 @@
-"""paged_attention gives a row the same bits in any company.
+"""paged_attention gives a row the same bits whatever else is in the batch.
 
 The checks take the attention function as an argument, so the last tests can show that they catch
 functions whose order of summation depends on what it must not depend on.
