@@ -24,7 +24,7 @@ def quantized_linear(
     norm_eps: float = 0.0,
     silu_mul: bool = False,
 ) -> Tensor:
-    """Linear layer with a weight packed in panels of 16 output columns (see quantize.py).
+    """Linear layer with a weight packed in panels of 16 output columns (see models/packing.py).
 
     The dtype of the weight tells its format. Every output element is summed over k in ascending
     order, then bias and residual are added, so a row has the same bits for any number of rows.
