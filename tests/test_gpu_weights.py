@@ -1,4 +1,4 @@
-"""scripts/gpu_weights.sh: a round trip with small stand-ins, and what damaged parts lead to."""
+"""scripts/gpu/gpu_weights.sh: a round trip with small stand-ins, and what damaged parts lead to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "gpu_weights.sh"
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts/gpu/gpu_weights.sh"
 
 
 @pytest.fixture

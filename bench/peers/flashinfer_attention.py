@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu_shapes import AttentionInputs
 from bench.harness import PeerMissingError
-from bench.suites.gpu_shapes import AttentionInputs
 
 INSTALL = "pip install flashinfer-python"
 WORKSPACE_BYTES = 256 << 20

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from bench.harness import Call, PeerMissingError
 
-# What the op looks at when it is launched; meant for tests and for this.
+# Environment variables that the op reads at each launch; for tests and this peer only.
 RUN, WARPS = "SKV_ATTENTION_RUN_LOG2", "SKV_ATTENTION_WARPS"
 WGMMA = "STATEFUL_KV_WGMMA"
 RUNS_LOG2 = range(7)

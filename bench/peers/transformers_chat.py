@@ -45,8 +45,10 @@ def play_cached(
     model: Any, tokenizer: ChatTokenizer, file: WorkflowFile, max_tokens: int
 ) -> Generator[TurnRow, None, None]:
     """Yields one row for each turn of all workflows, keeping a cache for each agent."""
-    for index, one in enumerate(file.workflows):
-        yield from _turns(model, tokenizer, index, one.agents, one.turns, max_tokens, True)
+    for index, workflow in enumerate(file.workflows):
+        yield from _turns(
+            model, tokenizer, index, workflow.agents, workflow.turns, max_tokens, True
+        )
 
 
 class _Conversation:
@@ -89,7 +91,7 @@ def _turns(
         conversation = conversations[turn.agent]
         conversation.messages.append({"role": "user", "content": turn.message})
         start = time.perf_counter()
-        prompt = [int(one) for one in tokenizer.render_start(conversation.messages)]
+        prompt = [int(token) for token in tokenizer.render_start(conversation.messages)]
         reused = conversation.trim(prompt) if keeps_cache else 0
         output = _generate(model, prompt, max_tokens, conversation.cache)
         reply = output[len(prompt) :]

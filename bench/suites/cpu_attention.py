@@ -83,8 +83,8 @@ def _peers(
     for name, dtype in PEERS.items():
         if name != "torch_sdpa_fp32" and not settings.asks_for(name):
             continue
-        keys = [_contiguous(one.k, one.k_scales, pages, seq_len, dtype) for one in layers]
-        values = [_contiguous(one.v, one.v_scales, pages, seq_len, dtype) for one in layers]
+        keys = [_contiguous(layer.k, layer.k_scales, pages, seq_len, dtype) for layer in layers]
+        values = [_contiguous(layer.v, layer.v_scales, pages, seq_len, dtype) for layer in layers]
         query = q.transpose(0, 1)[None].to(dtype).contiguous()
         peers[name] = partial(_run_sdpa, query, keys, values, mask, SCALE)
     return peers
@@ -118,7 +118,7 @@ def _setup(num_rows: int, seq_len: int, kv_dtype: str, settings: Settings) -> Tr
 
     def check(peer: str) -> harness.Check:
         result = ours(0)
-        # The first row as a decode step of its own, at its own position.
+        # The first row once more, as a decode step at its position: the bits must be the same.
         first = attend(q[:1], layers[0], seq_lens - num_rows + 1, one_row)
         bits = torch.equal(first, result[:1])
         expected = peers[peer](0)[0].transpose(0, 1).float()

@@ -52,8 +52,8 @@ def _num_weights(sides: Sides) -> tuple[int, int]:
         return sum(part.out_features * part.in_features for part in linear.parts)
 
     weights = sides.loaded.model.weights
-    qkv = sum(count(one.qkv) for one in weights.layers)
-    others = [count(one.o) + count(one.gate_up) + count(one.down) for one in weights.layers]
+    qkv = sum(count(layer.qkv) for layer in weights.layers)
+    others = [count(layer.o) + count(layer.gate_up) + count(layer.down) for layer in weights.layers]
     return qkv + sum(others[:-1]), others[-1] + count(weights.head)
 
 
@@ -109,8 +109,8 @@ def _choose_peers(
         if isinstance(found, Missing):
             peers.missing[name] = found
             continue
-        for one in found.values():
-            sides.fill(one, context)
+        for peer_context in found.values():
+            sides.fill(peer_context, context)
         setting, seconds = best_setting(found, call, context)
         peers.contexts[name] = found[setting]
         peers.details[name] = {
@@ -140,7 +140,7 @@ def _setup(kind: str, num_rows: int, context: int, sides: Sides, settings: Setti
         call(ours)
         together = ours.logits()
         reset()
-        # The last row again, after the others in a pass of their own: it must not matter.
+        # The last row once more, in a pass of its own after the others: the bits must be the same.
         if num_rows > 1:
             ours.run(tokens[:-1], 1)
         ours.run(tokens[-1:], 1)
@@ -156,7 +156,7 @@ def _setup(kind: str, num_rows: int, context: int, sides: Sides, settings: Setti
     return Trial(
         ours=partial(call, ours),
         peers={
-            **{name: partial(call, one) for name, one in peers.contexts.items()},
+            **{name: partial(call, theirs) for name, theirs in peers.contexts.items()},
             **peers.missing,
         },
         check=check,

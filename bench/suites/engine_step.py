@@ -70,11 +70,11 @@ class _DecodingTurn:
             seconds = self.step()
         events = profiled.key_averages()
         kernels = {
-            one.key.removeprefix(NAMESPACE): one.cpu_time_total * 1e-6
-            for one in events
-            if one.key.startswith(NAMESPACE) and one.key not in CONTAINERS
+            event.key.removeprefix(NAMESPACE): event.cpu_time_total * 1e-6
+            for event in events
+            if event.key.startswith(NAMESPACE) and event.key not in CONTAINERS
         }
-        return _ProfiledStep(seconds, kernels, sum(one.count for one in events))
+        return _ProfiledStep(seconds, kernels, sum(event.count for event in events))
 
     def close(self) -> None:
         """Ends the turn and frees the KV."""
@@ -104,7 +104,8 @@ def _overhead(turn: _DecodingTurn, num_pairs: int) -> dict[str, Any]:
     for _ in range(num_pairs):
         step, profiled = turn.step(), turn.profiled_step()
         total = sum(profiled.kernels.values())
-        # All events as if they had been recorded inside kernels, where few of them are.
+        # A lower bound of the kernels' time: takes away the cost of recording every event, though
+        # few events are recorded inside kernels.
         least = total - profiled.num_events * op_cost
         steps.append(step)
         totals.append(total)
@@ -125,7 +126,7 @@ def _overhead(turn: _DecodingTurn, num_pairs: int) -> dict[str, Any]:
 
 def setup(context: int, sides: Sides, stack: ExitStack, settings: Settings) -> Trial:
     """A case of the suite `cpu_model`; `stack` closes what it opens."""
-    # A pair of the timing and one of the overhead take two steps each; some more start it all.
+    # Each pair takes two steps, here and in the measure of the overhead; 50 more for the warm-up.
     turn = _DecodingTurn(sides, context, 4 * settings.num_pairs + 50)
     stack.callback(turn.close)
     length = turn.session.num_tokens

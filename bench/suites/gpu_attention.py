@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from bench import cuda_timing, harness
+from bench.gpu_shapes import AttentionInputs, AttentionShape, make_inputs
 from bench.harness import Call, Case, Check, Missing, PeerMissingError, Settings, Trial
 from bench.peers import flashinfer_attention, own_splits, torch_attention
 from bench.peers.torch_attention import relative_error
 from bench.suites import shapes
-from bench.suites.gpu_shapes import AttentionInputs, AttentionShape, make_inputs
 from stateful_kv import ops
 
 SHAPES = {
@@ -76,7 +76,7 @@ def _as_rows(result: Tensor) -> Tensor:
 def reference(inputs: AttentionInputs) -> Tensor:
     """float32[n, H, D]: the rows of the last sequence, one KV head after the other."""
     shape = inputs.shape
-    k, v = (one[-1].float() for one in inputs.contiguous[0])
+    k, v = (tensor[-1].float() for tensor in inputs.contiguous[0])
     q = inputs.q[-shape.rows :].float()
     group = shape.heads // shape.kv_heads
     keys = torch.arange(shape.kv_len, device=q.device)
@@ -110,7 +110,7 @@ class _Peers:
     def __init__(self, inputs: AttentionInputs, settings: Settings) -> None:
         self.calls: dict[str, Call | Missing] = {}
         self.details: dict[str, dict[str, Any]] = {}
-        # How a peer's result is brought to rows of ours, and the rows that it has.
+        # By peer: turns its result into rows in our layout, maybe fewer than we compute.
         self.rows: dict[str, Callable[[Any], Tensor]] = {}
         self._inputs = inputs
         shape = inputs.shape
@@ -205,7 +205,7 @@ def _setup(shape: AttentionShape, settings: Settings) -> Trial:
         if peer == "not_shared":
             bits = bits and torch.equal(result, attend(inputs, 0))
         elif peer == "decode_step":
-            # Of each sequence its last row.
+            # The peer computed only the last row of each sequence.
             bits = bits and torch.equal(result[shape.rows - 1 :: shape.rows], _run(peers, peer))
         elif peer in ("own_splits", "own_wgmma"):
             bits = bits and torch.equal(result, _run(peers, peer))

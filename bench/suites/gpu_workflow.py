@@ -22,7 +22,7 @@ from stateful_kv.errors import ModelNotFoundError
 from stateful_kv.models.files.loading import resolve
 
 SUITE = "gpu_workflow"
-# The one that something is asked of comes first: a run may be cut short.
+# The workflow that has a target comes first, because a run may be cut short.
 WORKFLOWS = ("coding35", "six", "interleaved", "thirtyfive")
 
 

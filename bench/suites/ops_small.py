@@ -238,7 +238,9 @@ def _sample(num_rows: int, k: int, p: float, settings: Settings) -> Trial:
 
     def check(_peer: str) -> harness.Check:
         ids, values = ops.sample(inputs[0], seeds, positions, *rest)
-        alone = ops.sample(inputs[0][-1:], seeds[-1:], positions[-1:], *(one[-1:] for one in rest))
+        alone = ops.sample(
+            inputs[0][-1:], seeds[-1:], positions[-1:], *(tensor[-1:] for tensor in rest)
+        )
         bits = torch.equal(alone[0], ids[-1:]) and torch.equal(alone[1], values[-1:])
         # Random numbers differ: our token must be one of those that the peer could have drawn.
         _, kept = torch_composites.sample(inputs[0], SAMPLE_TEMPERATURE, k, p)
@@ -381,7 +383,7 @@ def _advance_sequences(num_sequences: int, _settings: Settings) -> Trial:
         return state
 
     def check(_peer: str) -> harness.Check:
-        expected = tuple(one.clone() for one in peer(0))
+        expected = tuple(tensor.clone() for tensor in peer(0))
         return harness.compare(ours(0), expected, 0.0)
 
     return Trial(

@@ -82,7 +82,7 @@ def checks(
     weights, kv_dtype = variant
     held = {"finite": bool(torch.tensor(ours).isfinite())}
     if weights in ("auto", "fp32"):
-        # The same weights but for the order of two roundings; only KV differs.
+        # These weights equal those of fp32 up to the order of two roundings; only KV differs.
         percent = 0.2 if kv_dtype == "int8" else 0.1
         held[f"within_{percent}_percent_of_fp32"] = abs(ours / fp32 - 1) <= percent / 100
     if weights == "auto" and llama_cpp is not None:
@@ -110,7 +110,7 @@ def _result(
             "sha256": hashlib.sha256(perplexity.TEXT.read_bytes()).hexdigest(),
             "num_tokens": num_tokens,
         },
-        # A few tokens say too little about two programs that round differently.
+        # A smoke run has too few tokens to compare two programs that round differently.
         "checks": checks(
             variant,
             ours,
@@ -200,8 +200,8 @@ def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, An
     else:
         peer = {}
         measure(fp32, list(ours.values()), tokens)
-    for variant, one in ours.items():
-        result = _result(variant, one, fp32, len(tokens), peer)
+    for variant, evaluation in ours.items():
+        result = _result(variant, evaluation, fp32, len(tokens), peer)
         emit(result)
         if broken := [name for name, holds in result["checks"].items() if not holds]:
             label = "/".join(variant)

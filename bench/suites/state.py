@@ -75,7 +75,8 @@ def _insert(length: int, settings: Settings) -> Trial:
     held = [_allocate(pool, length)]
 
     def reset() -> None:
-        # The tree can give up only what nobody else holds; the pages then start over as free ones.
+        # The tree evicts only pages that nobody else holds, so ours are released first. After that
+        # all pages are free again.
         pool.release(held[0])
         tree.evict_all()
         peer.clear()
@@ -129,7 +130,7 @@ def _fork(length: int, _settings: Settings) -> Trial:
     return Trial(
         ours=fork,
         check=check,
-        # Each page of the parent: its id is read and written, its count read and written.
+        # For each page of the parent an id and a count are read and written, 4 bytes each.
         work=Work(4 * 4 * _num_pages(length)),
         calls_per_sample=64,
         reset=reset,

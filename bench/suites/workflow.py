@@ -93,7 +93,7 @@ def play(
         played.rows = {name: [] for name in players}
         for _ in range(file.num_turns):
             for name, turns in players.items():
-                # Threads of the side before must sleep, as in the harness.
+                # Wait until the previous player's threads sleep, as the harness does.
                 time.sleep(harness.SETTLE_S)
                 played.rows[name].extend(row for row in [next(turns, None)] if row is not None)
     return played
@@ -184,7 +184,8 @@ def _chosen(settings: Settings) -> tuple[list[str], list[str], list[str]]:
         for name in RUNS
         if name != "stateful" and (settings.peer is None or settings.asks_for(name))
     ]
-    # Where our runs are compared at all, all of them check each other; else the cheaper one does.
+    # If any of our runs is compared, all runs take part and check each other; otherwise only
+    # no_draft, the cheaper one, checks the stateful run.
     return list(RUNS) if compared else ["stateful", "no_draft"], compared, peers
 
 
@@ -200,10 +201,11 @@ def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, An
         max_tokens = 48
         if settings.smoke:
             file, max_tokens = _shortened(file, 5), 8
-        played = play(file, max_tokens, runs, {one: PEERS[one] for one in peers})
+        played = play(file, max_tokens, runs, {peer: PEERS[peer] for peer in peers})
         for peer, reason in played.missing.items():
             emit(harness.skipped("workflow", "later_turn", {"workflow": name}, peer, reason))
-        for peer in (*compared, *(one for one in peers if one in played.rows)):
+        started = [peer for peer in peers if peer in played.rows]
+        for peer in (*compared, *started):
             result = result_of(name, peer, max_tokens, played)
             broken = [check for check, holds in result["checks"].items() if not holds]
             if broken:

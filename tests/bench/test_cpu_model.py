@@ -34,9 +34,9 @@ def test_without_llama_cpp(tmp_path, monkeypatch, capsys):
     names = [result["name"] for result in document["results"]]
     assert names == ["decode", "verify", "prefill", "engine_step"] * 2
     assert len(document["skipped"]) == 6
-    for one in document["skipped"]:
-        assert one["peer_name"] == "llama_cpp"
-        assert one["skipped"] == "llama_cpp is not installed: pip install llama-cpp-python"
+    for entry in document["skipped"]:
+        assert entry["peer_name"] == "llama_cpp"
+        assert entry["skipped"] == "llama_cpp is not installed: pip install llama-cpp-python"
     for result in document["results"]:
         if result["name"] == "engine_step":
             assert result["peer_name"] == "forward"

@@ -48,7 +48,7 @@ class FakeCuda:
 
             def replay(self) -> None:
                 fake.log.append(("replay", list(self.calls)))
-                fake.last_s = 1e-6 * sum(one != "event" for one in self.calls)
+                fake.last_s = 1e-6 * sum(kind != "event" for kind in self.calls)
 
         class Capture(Nothing):
             def __init__(self, graph: Graph, stream) -> None:
@@ -91,15 +91,15 @@ def trial(cuda: FakeCuda, **more) -> Trial:
     )  # fmt: skip
 
 
-def run(one: Trial, settings: Settings = SMOKE) -> list[dict]:
+def run(timed: Trial, settings: Settings = SMOKE) -> list[dict]:
     results: list[dict] = []
-    case = Case("c", {}, lambda _: one)
+    case = Case("c", {}, lambda _: timed)
     harness.run_cases("s", [case], settings, CUDA_ROOF, results.append)
     return results
 
 
 def test_a_graph_holds_whole_rounds_between_two_events(cuda):
-    side = cuda_timing.GraphSide(cuda.call("ours"), trial(cuda))
+    side = cuda_timing.GraphSide(cuda.call("ours"), rotations=3)
     calls = side.calibrate(7e-6)
     assert calls == 9  # three rounds over three inputs, not fewer than seven calls
     assert side.sample(calls) == pytest.approx(1e-6)
@@ -112,7 +112,7 @@ def test_a_graph_holds_whole_rounds_between_two_events(cuda):
 
 def test_seconds_of_a_graph_are_those_of_one_call(cuda):
     assert cuda_timing.graph_seconds(cuda.call("ours"), 3) == pytest.approx(1e-6)
-    replays = [one[1] for one in cuda.log if one[0] == "replay"]
+    replays = [entry[1] for entry in cuda.log if entry[0] == "replay"]
     assert [len(calls) - 2 for calls in replays] == [3] * 3
 
 
@@ -128,7 +128,7 @@ def test_calls_of_a_graph(seconds, rotations, expected, monkeypatch):
 
 def test_sides_take_turns_and_the_floor_is_that_of_the_device(cuda):
     (result,) = run(trial(cuda, peers={"p": cuda.call("peer")}))
-    replays = [one[1][1][0] for one in cuda.log if one[0] == "replay"]
+    replays = [entry[1][1][0] for entry in cuda.log if entry[0] == "replay"]
     assert replays[-6:] == ["ours", "peer"] * 3
     assert result["ratio"]["median"] == pytest.approx(1.0)
     assert result["floor"]["seconds"] == 1e-9 and result["floor"]["fraction"] == pytest.approx(1e-3)

@@ -14,10 +14,10 @@ import torch
 
 from bench import __main__ as command
 from bench import harness, targets
+from bench.gpu_shapes import AttentionShape, make_inputs
 from bench.harness import Settings
 from bench.peers import flashinfer_attention, own_splits, torch_attention, transformers_chat
 from bench.suites import gpu_attention, gpu_model, gpu_workflow, on_device
-from bench.suites.gpu_shapes import AttentionShape, make_inputs
 from stateful_kv import ops
 from stateful_kv.apps.workflow import load_workflow
 from stateful_kv.models.files.loading import load_model, resolve
@@ -84,7 +84,7 @@ def test_bytes_of_the_models():
         config = gpu_model.SHAPES[name]
         assert gpu_model.weight_bytes(config, 2) / 1e9 == pytest.approx(gigabytes, rel=2e-3)
     model = gpu_model.load("small", "cpu")
-    layers = [(one.qkv, one.o, one.gate_up, one.down) for one in model.weights.layers]
+    layers = [(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in model.weights.layers]
     linears = [linear for layer in layers for linear in layer] + [model.weights.head]
     counted = sum(linear.weight.numel() for linear in linears)
     assert gpu_model.weight_bytes(model.config, 1) == counted
@@ -161,14 +161,14 @@ def test_relative_error_sees_nan():
 def test_attention_runs_in_little(tmp_path):
     document = run_suite("gpu_attention", tmp_path, "--peer", "all")
     assert "failed" not in document
-    peers = {(one["name"], one["peer_name"]) for one in document["results"]}
+    peers = {(result["name"], result["peer_name"]) for result in document["results"]}
     names = list(gpu_attention.SHAPES)
     assert {name for name, _ in peers} == set(names)
     assert {(name, "torch_sdpa") for name in names} < peers
     assert {("verify_8", "decode_step"), ("shared_prefix_32x16k", "not_shared")} < peers
-    assert all(one["check"]["bits_equal"] is True for one in document["results"])
-    assert all("headline" not in one for one in document["results"])
-    skipped = {one["peer_name"] for one in document["skipped"]}
+    assert all(result["check"]["bits_equal"] is True for result in document["results"])
+    assert all("headline" not in result for result in document["results"])
+    skipped = {result["peer_name"] for result in document["skipped"]}
     assert skipped == {"own_splits", "own_wgmma", "flex_attention", "flashinfer"}
     assert command.main(["report", str(tmp_path / "gpu_attention.json")]) == 0
 
@@ -187,10 +187,10 @@ def test_a_wrong_result_is_noticed_and_stops_no_other_case(case, monkeypatch):
     results: list[dict] = []
     settings = Settings(smoke=True, device="cpu", only=f"{case},decode_1x1k")
     gpu_attention.run(settings, ROOF, results.append)
-    failed = [one for one in results if "failed" in one]
-    assert case in {one["name"] for one in failed}
-    assert all(one["failed"].startswith("CheckFailedError") for one in failed)
-    assert {one["name"] for one in results} == {case, "decode_1x1k"}
+    failed = [result for result in results if "failed" in result]
+    assert case in {result["name"] for result in failed}
+    assert all(result["failed"].startswith("CheckFailedError") for result in failed)
+    assert {result["name"] for result in results} == {case, "decode_1x1k"}
 
 
 def test_the_quickest_way_to_divide_the_work_is_found(monkeypatch):
@@ -203,8 +203,8 @@ def test_the_quickest_way_to_divide_the_work_is_found(monkeypatch):
             raise RuntimeError("too many")
         return index, run, warps
 
-    def seconds_of(one):
-        _, run, warps = one(0)
+    def seconds_of(way):
+        _, run, warps = way(0)
         return abs(run - 3) + 1 / warps
 
     def flaky(_):
@@ -269,8 +269,8 @@ def test_model_runs_in_little(tmp_path):
     assert engine["check"]["bits_equal"] and engine["details"]["steps"] == 8
     assert (decode["name"], decode["peer_name"]) == ("small_decode", None)
     assert (verify["name"], verify["peer_name"]) == ("small_verify_8", "decode_step")
-    for one in (decode, verify):
-        assert one["check"]["bits_equal"] is True and one["details"]["row_counts"]
+    for result in (decode, verify):
+        assert result["check"]["bits_equal"] is True and result["details"]["row_counts"]
 
 
 def test_a_step_that_depends_on_its_rows_is_noticed(monkeypatch):
@@ -283,7 +283,7 @@ def test_a_step_that_depends_on_its_rows_is_noticed(monkeypatch):
     monkeypatch.setattr(gpu_model.Step, "run", wrong)
     results: list[dict] = []
     gpu_model.run(SMOKE, ROOF, results.append)
-    assert ["failed" in one for one in results] == [False, True, False]
+    assert ["failed" in result for result in results] == [False, True, False]
 
 
 @pytest.mark.slow
@@ -291,10 +291,10 @@ def test_a_step_that_depends_on_its_rows_is_noticed(monkeypatch):
 def test_workflow_runs_in_little(tmp_path):
     document = run_suite("gpu_workflow", tmp_path)
     assert "failed" not in document
-    peers = [one["peer_name"] for one in document["results"]]
+    peers = [result["peer_name"] for result in document["results"]]
     assert peers == ["stateless", "transformers", "no_draft"]
-    for one in document["results"]:
-        assert one["suite"] == "gpu_workflow" and all(one["checks"].values())
+    for result in document["results"]:
+        assert result["suite"] == "gpu_workflow" and all(result["checks"].values())
     reused = document["results"][1]["summaries"]["transformers"]["reused_tokens"]
     assert reused > 0
 

@@ -56,7 +56,7 @@ HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 def _file(*messages: str):
     agents = [{"name": "a", "system": "be brief"}, {"name": "b"}]
-    turns = [{"agent": "ab"[i % 2], "message": one} for i, one in enumerate(messages)]
+    turns = [{"agent": "ab"[i % 2], "message": message} for i, message in enumerate(messages)]
     workflow = {"agents": agents, "turns": turns}
     document = {"format": "stateful-kv-workflow/1", "name": "n", "workflows": [workflow]}
     return parse_workflow(document)

@@ -12,7 +12,7 @@ from tests.reference import elementwise
 
 Arguments = dict[str, Any]
 
-# Of pools that are not int8; int8_arguments has the others.
+# Only int8 pools have scales; `int8_arguments` builds those.
 NO_SCALES: Arguments = {"k_scales": None, "v_scales": None}
 
 

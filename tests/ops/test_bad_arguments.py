@@ -21,7 +21,7 @@ def dtype(wanted: torch.dtype) -> Change:
     return lambda value: value.to(wanted)
 
 
-# Of what lies in memory, which the CUDA ops do not look at: that would need a synchronisation.
+# Changes of values in a tensor, which the CUDA ops do not check: they would have to synchronise.
 VALUE_CHANGES: set[Change] = set()
 
 
@@ -484,7 +484,7 @@ BLAMED = {
     ("decoder_layers", "x", "size"): "slots",
 }
 
-# What the CPU kernels refuse and the CUDA kernels take.
+# Changes that the CPU kernels refuse but the CUDA kernels accept.
 TAKEN_BY_CUDA = [("silu_mul", "gate_up", "half"), ("argmax", "logits", "half")]
 
 

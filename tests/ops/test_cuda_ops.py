@@ -33,7 +33,7 @@ def run(op: str, arguments: Arguments) -> dict[str, Tensor]:
     result = getattr(ops, op)(**arguments)
     results = () if result is None else (result,) if isinstance(result, Tensor) else result
     written = {n: arguments[n] for n in WRITTEN.get(op, ()) if arguments[n] is not None}
-    return {f"result {i}": one for i, one in enumerate(results)} | written
+    return {f"result {i}": tensor for i, tensor in enumerate(results)} | written
 
 
 def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -109,7 +109,7 @@ def test_a_graph_reads_what_is_there_when_it_is_replayed(op: str) -> None:
 
 def tensors_of(results: dict[str, Tensor], op: str) -> Iterable[Tensor]:
     """Those that the op returned."""
-    return [one for name, one in results.items() if name not in WRITTEN.get(op, ())]
+    return [tensor for name, tensor in results.items() if name not in WRITTEN.get(op, ())]
 
 
 @every_op

@@ -15,7 +15,7 @@ from tests.ops.cases import CASES
 from tests.ops.test_cuda_build import CUDA_OPS, ROOT
 
 PAGE = ROOT / "docs/cuda-kernels.md"
-SCRIPT = ROOT / "scripts/cuda_report.py"
+SCRIPT = ROOT / "scripts/checks/cuda_report.py"
 LOG = """
 ptxas info    : Compiling entry function '_Z1fILi3EEvv' for 'sm_80'
 ptxas info    : Function properties for _Z1fILi3EEvv
@@ -30,7 +30,7 @@ ptxas info    : Used 24 registers, used 0 barriers
 
 @pytest.fixture
 def report() -> ModuleType:
-    """scripts/cuda_report.py as a module."""
+    """scripts/checks/cuda_report.py as a module."""
     spec = importlib.util.spec_from_file_location("cuda_report", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -110,7 +110,7 @@ def test_a_written_table_passes_its_own_check(tmp_path: Path, report: ModuleType
     assert checked.returncode == 1
     assert "not in the table: ('argmax.cu', 'g', 90)" in checked.stderr
     assert "in the table but not built: ('argmax.cu', 'h', 90)" in checked.stderr
-    assert "update the table with: python scripts/cuda_report.py" in checked.stderr
+    assert "update the table with: python scripts/checks/cuda_report.py" in checked.stderr
 
 
 def test_a_spilling_kernel_is_named(tmp_path: Path, report: ModuleType) -> None:
@@ -138,7 +138,7 @@ def test_the_launcher_keeps_the_log_beside_the_object(
     compiler.chmod(0o755)
     log = object_file.with_name("kernel.o.log")
     log.write_text("of an earlier run")
-    launcher = ROOT / "scripts/keep_ptxas_log.sh"
+    launcher = ROOT / "scripts/checks/keep_ptxas_log.sh"
     command = [str(launcher), str(compiler), "-c", "kernel.cu", "-o", str(object_file)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == status

@@ -133,8 +133,8 @@ def both_ways(model: LlamaModel, batch: Batch, pools: Pools) -> list[tuple[Tenso
 def test_same_bits_as_op_by_op(weight_format: str, kind: str) -> None:
     model = make_model(weight_format)
     fused, separate = both_ways(model, make_batch(*BATCHES[kind]), Pools(torch.float16))
-    for one, other in zip(fused, separate, strict=True):
-        assert_same_bits(one, other)
+    for tensor, other in zip(fused, separate, strict=True):
+        assert_same_bits(tensor, other)
     assert fused[0].isfinite().all()
 
 
@@ -144,8 +144,8 @@ def test_same_bits_in_every_family(dtype: torch.dtype, biases: bool, qk_norm: bo
     model = make_model("int8", biases, qk_norm)
     for kind in BATCHES.values():
         fused, separate = both_ways(model, make_batch(*kind), Pools(dtype))
-        for one, other in zip(fused, separate, strict=True):
-            assert_same_bits(one, other)
+        for tensor, other in zip(fused, separate, strict=True):
+            assert_same_bits(tensor, other)
 
 
 def test_scales_without_int8_pools_and_the_other_way_round() -> None:
@@ -165,8 +165,8 @@ def test_threads_do_not_matter(set_num_threads: Callable[[int], None]) -> None:
         set_num_threads(threads)
         results.append(both_ways(model, batch, pools)[0])
     for other in results[1:]:
-        for one, two in zip(results[0], other, strict=True):
-            assert_same_bits(one, two)
+        for first, second in zip(results[0], other, strict=True):
+            assert_same_bits(first, second)
 
 
 def test_a_model_with_mixed_formats_runs_op_by_op() -> None:
@@ -201,5 +201,5 @@ def test_rows_of_no_sequence_change_nothing(weight_format: str) -> None:
     for output, *changed_pools in both_ways(model, padded, pools):
         assert_same_bits(output[:6], expected)
         assert output.isfinite().all()
-        for one, other in zip(changed_pools, expected_pools, strict=True):
-            assert_same_bits(one, other)
+        for pool, other in zip(changed_pools, expected_pools, strict=True):
+            assert_same_bits(pool, other)

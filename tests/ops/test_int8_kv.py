@@ -66,8 +66,8 @@ def expected_pools(before: list[Tensor], k: Tensor, v: Tensor, slots: Tensor) ->
 
 
 def assert_all_same(got: list[Tensor], expected: list[Tensor]) -> None:
-    for name, one, other in zip(("k", "v", "k_scales", "v_scales"), got, expected, strict=True):
-        assert_same_bits(one, other, name)
+    for name, tensor, other in zip(("k", "v", "k_scales", "v_scales"), got, expected, strict=True):
+        assert_same_bits(tensor, other, name)
 
 
 def difficult_rows(count: int, head_dim: int) -> Tensor:

@@ -41,7 +41,7 @@ def assert_same(result: Result, expected: Result, label: str = "") -> None:
 def outputs_as_planned(planned: Tensor, k: int) -> Result:
     """The op on a layer whose outputs are given: float32[N, out], row n of a unit matrix each."""
     rows, out_features = planned.shape
-    if rows == 1:  # through the bias: what is not finite would spoil its whole column of a sum
+    if rows == 1:  # as a bias: in a product with the unit matrix a NaN would spoil its column
         packed = packing.pack_fp32(torch.zeros(out_features, 1))
         return ops.linear_top_k(
             torch.zeros(1, 1), *packed_parts(packed), planned[0].clone(), out_features, k

@@ -98,7 +98,7 @@ def check_fill(states: Sequence[LoopState], tensors: LoopTensors, page: int, mos
     total = len(states) * (most + 1)
     rest = total - len(expected)
     dtypes = [torch.int64, torch.int32, torch.int64, torch.int32, torch.int32, torch.int64]
-    assert [one.dtype for one in filled] == dtypes
+    assert [tensor.dtype for tensor in filled] == dtypes
     assert filled.token_ids.tolist() == [row.token for row in expected] + [0] * rest
     assert filled.positions.tolist() == [row.position for row in expected] + [0] * rest
     assert filled.slots.tolist() == [row.slot for row in expected] + [-1] * rest
@@ -151,7 +151,7 @@ def test_fill_rows_of_no_sequences(device: torch.device) -> None:
     empty = [none.view(0, 4), none, none, none, none.view(0, 3), none, none.view(0, 2)]
     filled = ops.fill_rows(*empty, 16)
     assert filled.query_offsets.tolist() == [0]
-    assert all(one.numel() == 0 for one in filled if one is not filled.query_offsets)
+    assert all(tensor.numel() == 0 for tensor in filled if tensor is not filled.query_offsets)
 
 
 Fed = tuple[Sequence[int], Sequence[int], Sequence[float]]
@@ -174,8 +174,8 @@ def check_advance(
         tensors.num_left,
         tensors.counts,
     )
-    for state, one in zip(states, fed, strict=True):
-        reference.advance_sequence(state, *one)
+    for state, part in zip(states, fed, strict=True):
+        reference.advance_sequence(state, *part)
     tensors.check(states)
 
 
@@ -298,7 +298,7 @@ def test_loop_of_steps_gives_the_text_of_one_token_at_a_time(device: torch.devic
 def test_attention_gives_zeros_to_rows_of_no_sequence(device: torch.device) -> None:
     """The padding of fill_rows; the rows before it keep their bits."""
     batch = make_batch([20, 0, 33], [3, 0, 1], head_dim=64, dtype=torch.float32)
-    q, *rest = (one.to(device) for one in batch.arguments)
+    q, *rest = (tensor.to(device) for tensor in batch.arguments)
     padded_q = torch.cat([q, torch.full_like(q[:3], math.nan)])
     expected = ops.paged_attention(q, *rest, batch.scale)
     output = ops.paged_attention(padded_q, *rest, batch.scale)

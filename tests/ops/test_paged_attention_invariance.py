@@ -1,4 +1,4 @@
-"""paged_attention gives a row the same bits in any company.
+"""paged_attention gives a row the same bits whatever else is in the batch.
 
 The checks take the attention function as an argument, so the last tests can show that they catch
 functions whose order of summation depends on what it must not depend on.
@@ -257,8 +257,8 @@ def test_torch_itself_is_not_invariant_but_close() -> None:
     batch = make_batch([200], [1], dtype=torch.float32)
     order = torch.randperm(200)
     keys, values = batch.keys[0], batch.values[0]
-    one = plain_torch.attention(batch.query, keys, values, batch.scale)
+    first = plain_torch.attention(batch.query, keys, values, batch.scale)
     other = plain_torch.attention(batch.query, keys[order], values[order], batch.scale)
-    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(first, other)
     with pytest.raises(AssertionError, match="elements differ"):
-        assert_same_bits(one, other)
+        assert_same_bits(first, other)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stateful_kv import ops
+from stateful_kv import _C, ops
 from tests.ops.cases import CASES, WRITTEN, valid_arguments
 from tests.ops.comparing import assert_same_bits
 from tests.ops.paged import make_pools
@@ -41,7 +43,7 @@ def clone(arguments: dict[str, Any]) -> dict[str, Any]:
 def to_meta(value: Any) -> Any:
     """Tensors, and those in lists, without their content."""
     if isinstance(value, list):
-        return [to_meta(one) for one in value]
+        return [to_meta(item) for item in value]
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
@@ -138,6 +140,28 @@ def test_inputs_in_shared_memory(op: str) -> None:
             value.share_memory_()
     for result, like in zip(run(op, arguments), expected, strict=True):
         assert_same_bits(result, like)
+
+
+def test_a_missing_import_is_named() -> None:
+    """The library alone has no fake kernels: torch says which module to import for them."""
+    source = (
+        "import sys, torch\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "torch.ops.stateful_kv.silu_mul(torch.empty(2, 4, device='meta'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source, str(_C.__file__)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "import the 'stateful_kv.ops' Python module" in done.stderr
+
+
+def test_public_names_are_the_ops() -> None:
+    """Every op is a function of `stateful_kv.ops`; beside them are two names that belong to ops."""
+    assert set(ops.__all__) == set(CASES) | {"FilledRows", "LAYER_TENSORS"}
 
 
 def layer(

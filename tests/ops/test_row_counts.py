@@ -31,7 +31,7 @@ Run = Callable[[slice], Tensor]
 
 
 def check_every_row_count(run: Run, set_num_threads: SetThreads) -> None:
-    """Compares rows in company with rows alone.
+    """Compares rows computed together with the same rows computed alone.
 
     Args:
         run: computes these of MOST rows in one call; one row of the result for each.
@@ -42,14 +42,14 @@ def check_every_row_count(run: Run, set_num_threads: SetThreads) -> None:
     for threads in THREADS:
         set_num_threads(threads)
         for rows in ROWS:
-            # Another place each time, so that a row meets many neighbours and alignments.
+            # Start at another row each time, so that a row has many neighbours and alignments.
             start = 37 * (rows + threads) % (MOST - rows + 1)
             part = slice(start, start + rows)
             assert_same_bits(run(part), alone[part], f"{rows} rows on {threads} threads")
 
 
-# (out_features, in_features): K of one group, of SmolLM2's layers and of no multiple of a strip;
-# outputs that end inside a panel, in an odd and an even number of panels.
+# (out_features, in_features). Inputs: one group, sizes of SmolLM2, a size that is no multiple of a
+# strip. Outputs: all end inside a panel; some have an odd number of panels, some an even number.
 @pytest.mark.parametrize(
     ("out_features", "in_features"), [(1, 32), (81, 288), (90, 576), (103, 1568)]
 )

@@ -82,8 +82,8 @@ def test_rms_norm_residual_of_strided_rows(device: torch.device) -> None:
     assert_same_bits(output, ops.rms_norm(before + x, weight, 1e-5))
     alone = before.clone()
     for row in range(11):
-        one = ops.rms_norm(x[row], weight, 1e-5, alone[row])
-        assert_same_bits(one, output[row])
+        single = ops.rms_norm(x[row], weight, 1e-5, alone[row])
+        assert_same_bits(single, output[row])
     assert_same_bits(alone, residual)
     assert ops.rms_norm(x[:0], weight, 1e-5, before[:0]).shape == (0, 2, 64)
 

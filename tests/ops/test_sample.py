@@ -82,19 +82,19 @@ KINDS = ["plain", "ties", "equal", "masked", "flat", "huge", "tiny"]
 def expect_reference(logits: Tensor, settings: list[Settings], device: torch.device) -> None:
     """The op gives the tokens of the reference, for rows of random seeds."""
     seeds, positions = keys(len(settings))
-    moved = [one.to(device) for one in (logits, seeds, positions)]
+    moved = [tensor.to(device) for tensor in (logits, seeds, positions)]
     ids, values = ops.sample(*moved, *parameters(settings, device))
     rows = logits.float().numpy()
     assert values.tolist() == rows.max(axis=1).tolist()
     expected = [
-        reference.draw(row, seed, position, *one)
-        for row, seed, position, one in zip(
+        reference.draw(row, seed, position, *setting)
+        for row, seed, position, setting in zip(
             rows, seeds.tolist(), positions.tolist(), settings, strict=True
         )
     ]
     wrong = [
-        (one, got, want)
-        for one, got, want in zip(settings, ids.tolist(), expected, strict=True)
+        (setting, got, want)
+        for setting, got, want in zip(settings, ids.tolist(), expected, strict=True)
         if got != want
     ]
     assert not wrong
@@ -224,10 +224,10 @@ def test_a_row_alone_equals_the_row_in_a_batch(
         for result, expected in zip(ops.sample(*arguments), together, strict=True):
             assert_same_bits(result, expected)
     order = torch.randperm(len(settings))
-    shuffled = ops.sample(*(one[order] for one in arguments))
+    shuffled = ops.sample(*(tensor[order] for tensor in arguments))
     assert_same_bits(shuffled[0], together[0][order])
     for i in range(len(settings)):
-        alone = ops.sample(*(one[i : i + 1] for one in arguments))
+        alone = ops.sample(*(tensor[i : i + 1] for tensor in arguments))
         assert_same_bits(alone[0], together[0][i : i + 1])
         assert_same_bits(alone[1], together[1][i : i + 1])
 
@@ -237,7 +237,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(
 def test_temperature_0_is_argmax(width: int, device: torch.device) -> None:
     logits = torch.randint(-2, 2, (9, width)).float()
     settings: list[Settings] = [(0.0, 5, 0.5, 0.5)] * 9
-    arguments = [one.to(device) for one in (logits, *keys(9), *parameters(settings))]
+    arguments = [tensor.to(device) for tensor in (logits, *keys(9), *parameters(settings))]
     ids, values = ops.sample(*arguments)
     expected_ids, expected_values = ops.argmax(logits.to(device))
     assert_same_bits(ids, expected_ids)
@@ -259,7 +259,7 @@ def test_bad_rows_are_told_by_their_value(
     logits[5] = INFINITY
     logits[6, width // 3 + 1 :] = -INFINITY
     arguments = [logits, *keys(7), *parameters([(temperature, 3, 0.9, 0.1)] * 7)]
-    ids, values = ops.sample(*(one.to(device) for one in arguments))
+    ids, values = ops.sample(*(tensor.to(device) for tensor in arguments))
     assert values.isnan().tolist() == [False, False, True, True, True, False, False]
     assert values[[0, 1, 5]].tolist() == [-INFINITY, INFINITY, INFINITY]
     assert values[6] == logits[6].max()

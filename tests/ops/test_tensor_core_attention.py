@@ -197,7 +197,7 @@ def test_warps_that_share_rows(device: torch.device, dtype: torch.dtype, divide:
     expected = check_divisions(lambda: ops.paged_attention(*batch.arguments, batch.scale), divide)
     arguments, scales = int8_arguments(batch)
     check_divisions(lambda: ops.paged_attention(*arguments, **scales), divide)
-    # The columns of a vector are summed one by one: both halves alike give halves alike.
+    # Each column is summed by itself, so values with equal halves give results with equal halves.
     alike = [torch.cat([values[..., :128]] * 2, dim=-1) for values in batch.values]
     output = ops.paged_attention(
         *replace(batch, values=alike).with_layout(16).arguments, batch.scale

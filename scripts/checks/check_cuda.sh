@@ -4,7 +4,7 @@
 # or if docs/cuda-kernels.md lists other kernels than were compiled.
 # Without nvcc it says so and succeeds; SKV_REQUIRE_NVCC=1 turns that into a failure.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . scripts/common.sh
 VENV=$(absolute "${VENV:-.venv}")
 export PATH="$VENV/bin:$PATH"
@@ -30,5 +30,5 @@ cmake -S . -B "$build" -G Ninja -DSTATEFUL_KV_TORCH=OFF "-DSTATEFUL_KV_TORCH_DIR
   die "the configure step of the CUDA compile check failed"
 }
 cmake --build "$build" --target cuda_check --parallel "${JOBS:-$(nproc)}"
-python3 scripts/cuda_report.py --build "$build" --check docs/cuda-kernels.md
+python3 scripts/checks/cuda_report.py --build "$build" --check docs/cuda-kernels.md
 say "CUDA compile check: passed for sm_80 and sm_90, no kernel spills"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A compiler launcher for CMake: runs nvcc with its arguments and keeps what the assembler says of the
 # kernels (-Xptxas -v) as OBJECT.log. So an object that is up to date still has its log, for
-# scripts/cuda_report.py. Everything else the compiler says is passed on.
+# scripts/checks/cuda_report.py. Everything else the compiler says is passed on.
 set -u
 object=""
 previous=""

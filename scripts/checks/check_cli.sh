@@ -2,7 +2,7 @@
 # The installed command line on the default model: the same workflow with state and without gives
 # the same tokens, and the demo writes its report.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . scripts/common.sh
 VENV=$(absolute "${VENV:-.venv}")
 export PATH="$VENV/bin:$PATH"

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from bench.gpu_shapes import AttentionShape, make_inputs
 from bench.suites.gpu_attention import attend, attend_shared
-from bench.suites.gpu_shapes import AttentionShape, make_inputs
 from stateful_kv import ops
 from tests.ops import cases
 
@@ -44,7 +44,7 @@ def has_kernel(op: str, device: str) -> bool:
 
 def _on(device: str, value: Any) -> Any:
     if isinstance(value, list):
-        return [_on(device, one) for one in value]
+        return [_on(device, item) for item in value]
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
@@ -73,7 +73,7 @@ def main() -> int:
         if device == "cuda":
             torch.cuda.synchronize()
         results = result if isinstance(result, tuple) else (result,)
-        ok = all(not one.isnan().any() for one in results if one is not None)
+        ok = all(not tensor.isnan().any() for tensor in results if tensor is not None)
         bad += not ok
         print(f"{name}: {'ran' if ok else 'gave NaN'}", flush=True)
     return 1 if bad else 0

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes or checks the table of what each CUDA kernel needs, from the logs of `make cuda-check`.
 
-python scripts/cuda_report.py --output docs/cuda-kernels.md
-python scripts/cuda_report.py --check docs/cuda-kernels.md
+python scripts/checks/cuda_report.py --output docs/cuda-kernels.md
+python scripts/checks/cuda_report.py --check docs/cuda-kernels.md
 
 Fails if a kernel spills registers to memory, or if the checked table lists other kernels.
 """
@@ -15,7 +15,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 BINDINGS = ROOT / "csrc" / "bindings"
 # Where the target cuda_check of cmake/CudaCheck.cmake leaves objects, and their logs beside them.
@@ -26,7 +26,7 @@ SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
 DEMANGLED = re.compile(r"(?P<name>\w+)(?P<arguments><.*>)?\(")
-UPDATE = "python scripts/cuda_report.py --output docs/cuda-kernels.md"
+UPDATE = "python scripts/checks/cuda_report.py --output docs/cuda-kernels.md"
 
 
 @dataclass

@@ -3,8 +3,8 @@
 # Python packages that read them, in parts of a limited size with checksums; and unpacks them.
 # (The workflows of the benches are part of this repository.)
 #
-#   scripts/gpu_weights.sh pack FOLDER [EXTRA...]     EXTRA files and folders go along, in extra/
-#   scripts/gpu_weights.sh unpack TARGET FOLDER...    parts may lie in several folders
+#   scripts/gpu/gpu_weights.sh pack FOLDER [EXTRA...]     EXTRA files and folders go along, in extra/
+#   scripts/gpu/gpu_weights.sh unpack TARGET FOLDER...    parts may lie in several folders
 #
 # Afterwards TARGET is an entry of PYTHONPATH: SKV_GPU_WEIGHTS=TARGET scripts/gpu_check.sh OUTPUT_DIR
 #
@@ -14,10 +14,10 @@
 #
 # Status of unpack: 0 unpacked; 3 parts are still missing, all that are there are whole; 1 damaged.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 PACKAGES=${PACKAGES:-gguf}
 PART_SIZE=${PART_SIZE:-60M}
-usage="usage: scripts/gpu_weights.sh pack FOLDER [EXTRA...] | unpack TARGET FOLDER..."
+usage="usage: scripts/gpu/gpu_weights.sh pack FOLDER [EXTRA...] | unpack TARGET FOLDER..."
 archive=weights.tar
 manifest=weights.sha256
 work=""
@@ -25,7 +25,7 @@ trap 'rm -rf "$work"' EXIT
 
 default_python() {
   local own
-  own=$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/python
+  own=$(dirname "${BASH_SOURCE[0]}")/../../.venv/bin/python
   if [ -x "$own" ]; then printf '%s\n' "$own"; else printf '%s\n' python3; fi
 }
 
@@ -76,18 +76,18 @@ PYTHON
 }
 
 pack() { # pack FOLDER [EXTRA...]
-  local folder=$1 one
+  local folder=$1 extra
   shift
   mkdir -p "$folder"
   [ -z "$(ls -A "$folder")" ] || die "$folder: expected an empty folder"
   work=$(mktemp -d)
   collect "$work"
-  for one in "$@"; do
-    [ -e "$one" ] || die "$one: no such file or folder"
+  for extra in "$@"; do
+    [ -e "$extra" ] || die "$extra: no such file or folder"
     mkdir -p "$work/extra"
-    cp -R "$one" "$work/extra/"
+    cp -R "$extra" "$work/extra/"
   done
-  # The same files give the same bytes.
+  # Fixed order, times and owners: the same files give the same bytes.
   if ! tar -C "$work" --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf - . |
     split -b "$PART_SIZE" -d -a 3 - "$folder/$archive.part-"; then
     rm -f "$folder/$archive".part-*
@@ -112,7 +112,7 @@ find_part() { # find_part NAME SUM FOLDER...: prints the path of a whole copy
   [ -z "$damaged" ] || die "$damaged: damaged: its checksum is not that of $manifest"
 }
 
-# A manifest that was cut would pass for the one of fewer parts.
+# Without this check a manifest that was cut would look like a whole one with fewer parts.
 check_manifest() { # check_manifest LIST: "SUM  NAME" of part 000, 001, ...; the tar knows its own end
   local sum name count=0
   while read -r sum name || [ -n "$sum" ]; do

@@ -3,7 +3,7 @@
 # that environment from inside pip's build environment, which hides it. Twice, because the build
 # folder is kept and pip's build environment (with its cmake and ninja) is not.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . scripts/common.sh
 VENV=$(absolute "${VENV:-.venv}")
 # The folder that the editable install compiled in: only what differs is built again.

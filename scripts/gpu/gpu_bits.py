@@ -131,10 +131,10 @@ def main() -> int:
         "shapes": found,
     }
     args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    for one in found:
-        setting = f"{one['library']}{', reduced' if one['reduced_precision'] else ''}"
-        rows = " ".join(map(str, one["equal_rows"]))
-        print(f"{setting}: {one['model']} {one['out']}x{one['in']}: equal for {rows} rows")
+    for entry in found:
+        setting = f"{entry['library']}{', reduced' if entry['reduced_precision'] else ''}"
+        rows = " ".join(map(str, entry["equal_rows"]))
+        print(f"{setting}: {entry['model']} {entry['out']}x{entry['in']}: equal for {rows} rows")
     return 0
 
 

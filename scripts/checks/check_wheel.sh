@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds a wheel into build/wheel, unpacks it beside nothing else of ours and imports it from there.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . scripts/common.sh
 VENV=$(absolute "${VENV:-.venv}")
 export PATH="$VENV/bin:$PATH"
