@@ -40,17 +40,16 @@ def command(
     hook, handlers = sys.unraisablehook, logging.root.handlers[:]
     monkeypatch.chdir(tmp_path)
 
-    logging.root.handlers[:] = []
-
     def run(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
+        logging.root.handlers[:] = []  # those of the tests
         code = process.run_process([str(argument) for argument in arguments])
+        logging.root.handlers[:] = handlers
         out, err = capfd.readouterr()
         return code, out, err
 
     yield run
     sys.unraisablehook = hook
-    logging.root.handlers[:] = handlers
     for number, handler in before.items():
         signal.signal(number, handler)
 

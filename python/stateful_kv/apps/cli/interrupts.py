@@ -41,6 +41,12 @@ class Interrupts:
                 signal.signal(number, self._handle)
         sys.unraisablehook = self._unraisable
 
+    def ignore_more(self) -> None:
+        """After a signal: the interpreter ends by itself, and a further one must not disturb it."""
+        if self._received is not None:
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
             leave_at_once(number)

@@ -21,23 +21,25 @@ _MAX_COLUMNS = 10_000
 
 def run_process(arguments: Sequence[str]) -> int:
     """Runs the command line ``stateful-kv ARGUMENTS`` and returns the exit code."""
-    Interrupts().install()
+    interrupts = Interrupts()
+    interrupts.install()
     try:
         open_missing_streams()
         escape_what_cannot_be_encoded()
         ignore_bad_widths()
         _log_safely()
-        try:
-            code = _run_app(list(arguments))
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        _flush()
-        return code
+        code = _run_app(list(arguments))
+        if code == 0:
+            # While an error can still be told: at its end the interpreter would print a traceback.
+            sys.stdout.flush()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except KeyboardInterrupt:
         say_stopped()
         code = STOPPED
     except Exception as error:
         code = report_fault(error)
+    interrupts.ignore_more()
     _drop_output()
     return code
 
@@ -111,12 +113,6 @@ def _log_safely() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_SafeFormatter("stateful-kv: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-
-
-def _flush() -> None:
-    """Writes what is left now, while an error can still be told."""
-    sys.stdout.flush()
-    sys.stderr.flush()
 
 
 def _drop_output() -> None:
