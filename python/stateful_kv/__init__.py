@@ -12,6 +12,7 @@ from stateful_kv._native import build_info
 from stateful_kv.choosing.params import SamplingParams
 from stateful_kv.engine.config import EngineConfig
 from stateful_kv.errors import (
+    BadLogitsError,
     BuildMismatchError,
     ContextLengthError,
     DeviceUnavailableError,
@@ -23,6 +24,7 @@ from stateful_kv.errors import (
     SessionBusyError,
     SessionClosedError,
     StatefulKVError,
+    WorkflowError,
 )
 from stateful_kv.models.config import ModelConfig
 
@@ -49,6 +51,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "BadLogitsError",
     "BuildMismatchError",
     "ContextLengthError",
     "DeviceUnavailableError",
@@ -67,6 +70,7 @@ __all__ = [
     "SessionBusyError",
     "SessionClosedError",
     "StatefulKVError",
+    "WorkflowError",
     "build_info",
     "ops",
 ]

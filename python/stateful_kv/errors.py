@@ -45,6 +45,10 @@ class InvalidRequestError(StatefulKVError, ValueError):
     """The request cannot be served as written: empty messages, unknown roles, bad token ids."""
 
 
+class WorkflowError(InvalidRequestError):
+    """A workflow file is missing, unreadable or not in the expected format."""
+
+
 class BadLogitsError(StatefulKVError):
     """A row of logits holds NaN or +inf, or nothing but -inf: no token can be chosen from it."""
 

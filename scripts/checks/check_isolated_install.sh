@@ -41,4 +41,5 @@ assert package == site / "stateful_kv", f"imported {package}, not what was insta
 assert list(package.glob("_C.*.so")), "the installation lacks the extension"
 print(stateful_kv.build_info())
 PYTHON
+"$target/bin/stateful-kv" --help >/dev/null || die "the installed stateful-kv script does not start"
 say "isolated install: builds, installs and imports"

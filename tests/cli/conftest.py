@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from stateful_kv.apps import cli
+from stateful_kv.apps.cli import commands, loading
 from tests.cli.fake_engine import FakeEngine
 
 
@@ -13,8 +13,8 @@ from tests.cli.fake_engine import FakeEngine
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """A fake engine that the commands load instead of a model."""
     fake = FakeEngine()
-    monkeypatch.setattr(cli, "_load_engine", lambda model, **unused: fake)
-    monkeypatch.setattr(cli, "build_info", lambda: {"version": "0", "cpu_isa": "generic"})
+    monkeypatch.setattr(loading, "load_engine", lambda model, **unused: fake)
+    monkeypatch.setattr(loading, "build_info", lambda: {"version": "0", "cpu_isa": "generic"})
     return fake
 
 
@@ -22,7 +22,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 def invoke():
     """Run the command line in process; the result has exit_code, stdout and stderr."""
     runner = CliRunner()
-    return lambda *args: runner.invoke(cli.app, [str(arg) for arg in args])
+    return lambda *args: runner.invoke(commands.app, [str(arg) for arg in args])
 
 
 @pytest.fixture

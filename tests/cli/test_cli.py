@@ -6,13 +6,15 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 
-from stateful_kv.apps import cli
+from stateful_kv.apps import cli, report
+from stateful_kv.apps.cli import commands, loading
 from stateful_kv.drafts import cost_file
 from stateful_kv.drafts.costs import CostCurve
 from stateful_kv.engine.config import EngineConfig
@@ -215,7 +217,7 @@ def test_unknown_model(invoke, monkeypatch, workflow_path):
     def refuse(model, **unused):
         raise ModelNotFoundError(f"unknown model\n {model!r}")
 
-    monkeypatch.setattr(cli, "_load_engine", refuse)
+    monkeypatch.setattr(loading, "load_engine", refuse)
     result = invoke("run", workflow_path, "--model", "nothing")
     _assert_one_error_line(result, "unknown model 'nothing'")
 
@@ -266,7 +268,7 @@ def test_demo_fails_when_replies_differ(engine, invoke, workflow_path, tmp_path)
 def test_relative_argv():
     argv = ["/usr/bin/stateful-kv", "run", "/etc/some/w.json", "--json=/etc/out.json", "-x"]
     expected = ["stateful-kv", "run", "w.json", "--json=out.json", "-x"]
-    assert cli.report.relative_argv(argv) == expected
+    assert report.relative_argv(argv) == expected
 
 
 def test_info_shows_the_curves_of_this_machine(invoke, tmp_path, monkeypatch):
@@ -292,20 +294,23 @@ def test_info_shows_the_curves_of_this_machine(invoke, tmp_path, monkeypatch):
 def test_a_request_to_end_leaves_in_order(monkeypatch):
     left = []
 
-    def app(prog_name):
+    def app(arguments, prog_name, standalone_mode):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
         finally:
             left.append(prog_name)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (1, 2, 15)}
+    hook = sys.unraisablehook
     # Whatever happens, the process of the tests is not what ends.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(commands, "app", app)
     try:
         with pytest.raises(SystemExit) as caught:
             cli.main()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert caught.value.code == 143 and left == ["stateful-kv"]

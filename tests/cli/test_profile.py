@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from stateful_kv.apps import cli
+from stateful_kv.apps.cli import commands, loading
 from stateful_kv.engine.config import EngineConfig
 from stateful_kv.engine.engine import Engine
 from tests.cli.fake_engine import FakeEngine
@@ -33,7 +33,7 @@ def tiny_engine(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
         engines.append(Engine(tiny_llama(), ByteTokenizer(), config))
         return engines[-1]
 
-    monkeypatch.setattr(cli, "_load_engine", load)
+    monkeypatch.setattr(loading, "load_engine", load)
     return engines
 
 
@@ -63,7 +63,7 @@ def test_profile_writes_table_trace_and_json(
     assert {"turn 1: a", "stateful_kv::paged_attention", "plan", "commit"} <= names
     for path in (trace, out):
         assert str(tmp_path) not in path.read_text()
-        assert str(Path(cli.__file__).parent) not in path.read_text()
+        assert str(Path(commands.__file__).parent) not in path.read_text()
     assert tiny_engine[0].is_closed
 
 
@@ -109,7 +109,7 @@ def test_an_error_of_the_engine_is_one_line_and_the_trace_is_whole(
     def load(model: str, **unused: Any) -> Engine:
         return Engine(CountingUp(max_position=32), ByteTokenizer(), EngineConfig(kv_tokens=256))
 
-    monkeypatch.setattr(cli, "_load_engine", load)
+    monkeypatch.setattr(loading, "load_engine", load)
     trace = tmp_path / "trace.json"
     _assert_error(invoke("profile", workflow_path, "--trace", trace), "no room for a reply")
     json.loads(trace.read_text())
@@ -138,7 +138,7 @@ def test_profile_of_the_default_model(tmp_path: Path) -> None:
     trace, out = tmp_path / "trace.json", tmp_path / "out.json"
     arguments = ["profile", "six", "--turns", "2", "--max-tokens", "6", "--no-draft"]
     arguments += ["--kv-tokens", "8192", "--trace", str(trace), "--json", str(out)]
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(commands.app, arguments)
     assert result.exit_code == 0, result.output
     data = json.loads(out.read_text())
     steps = next(s for s in data["steps"] if (s["turns"], s["kind"]) == ("later", "decode"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from stateful_kv.apps import cli
+from stateful_kv.apps.cli import commands
 from stateful_kv.apps.workflow import TurnRow, delta_excess, load_workflow
 
 Runs = tuple[list[TurnRow], list[TurnRow]]
@@ -21,7 +21,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for options in ([], ["--stateless"]):
         out = tmp_path_factory.mktemp("run") / "rows.json"
         arguments = ["run", "demo", "--max-tokens", "2", "--json", str(out), *options]
-        result = CliRunner().invoke(cli.app, arguments)
+        result = CliRunner().invoke(commands.app, arguments)
         assert result.exit_code == 0, result.output
         data = json.loads(out.read_text())
         assert data["meta"]["stateless"] is bool(options)
@@ -71,7 +71,7 @@ def test_demo_report(tmp_path: Path) -> None:
     )
     out = tmp_path / "report"
     arguments = ["demo", "--workflow", str(workflow), "--output", str(out), "--max-tokens", "2"]
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(commands.app, arguments)
     assert result.exit_code == 0, result.output
     assert json.loads((out / "report.json").read_text())["summary"]["tokens_equal"] is True
     assert (out / "index.html").is_file() and (out / "latency.png").is_file()

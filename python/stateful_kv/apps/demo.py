@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from stateful_kv.apps import report
-from stateful_kv.apps.workflow import ReplayOptions, TurnRow, WorkflowFile, replay, shorten
+from stateful_kv.apps.output import OutputFile
+from stateful_kv.apps.printable import printable, shorten
+from stateful_kv.apps.terminal import SafeConsole
+from stateful_kv.apps.workflow import ReplayOptions, TurnRow, WorkflowFile, replay
 
 if TYPE_CHECKING:
     from stateful_kv.engine.engine import Engine
 
 STATEFUL_STYLE = "bold cyan"
 STATELESS_STYLE = "yellow"
+REPORT_FILES = ("report.json", "latency.png", "index.html")
 
 
 class _Screen:
     """What the reader sees while the two runs go on: both columns of times, and a progress bar."""
 
-    def __init__(self, console: Console, messages: list[str], agents: list[str]) -> None:
+    def __init__(self, console: SafeConsole, messages: list[str], agents: list[str]) -> None:
         self._console = console
         self._messages = messages
         self._agents = agents
@@ -58,7 +61,7 @@ class _Screen:
         # A file or a pipe has no width of its own to keep to.
         width = max(40, self._console.width - 18) if self._console.is_terminal else 100
         lines = Text()
-        lines.append(f"{number} {row.agent:<10}", style=STATEFUL_STYLE)
+        lines.append(f"{number} {shorten(row.agent, 10):<10}", style=STATEFUL_STYLE)
         lines.append(f" < {shorten(self._messages[index], width)}\n")
         lines.append(f"{'':14}> {shorten(row.text, width)}\n", style="green")
         lines.append(f"{'':16}{numbers}", style="dim")
@@ -70,10 +73,10 @@ class _Screen:
         self.stateless.append(row)
         if not self._console.is_terminal:
             before = self.stateful[index]
-            self._console.print(
-                f"{index + 1:>2} {row.agent:<10} without state: {row.computed_tokens:,} computed, "
-                f"{row.total_s:.2f} s ({row.total_s / before.total_s:.1f}x)",
-                soft_wrap=True,
+            agent = shorten(row.agent, 10)
+            self._console.say(
+                f"{index + 1:>2} {agent:<10} without state: {row.computed_tokens:,} computed, "
+                f"{row.total_s:.2f} s ({row.total_s / before.total_s:.1f}x)"
             )
         self._refresh()
 
@@ -116,7 +119,7 @@ class _Screen:
                 cells[3:5] = f"{b.computed_tokens:,}", f"{b.total_s:.2f}"
                 cells[5] = f"{b.total_s / a.total_s:.1f}x"
             same = "" if a is None or b is None else "yes" if _same(a, b) else "[red]NO"
-            table.add_row(str(i + 1), agent, *cells, same)
+            table.add_row(str(i + 1), Text(shorten(agent, 20)), *cells, same)
         table.caption = "* without state"
         table.caption_justify = "left"
         return table
@@ -129,16 +132,16 @@ def _same(a: TurnRow, b: TurnRow) -> bool:
 def run_demo(
     engine: Engine,
     file: WorkflowFile,
-    output: Path,
-    console: Console,
+    files: Sequence[OutputFile],
+    console: SafeConsole,
     *,
     max_tokens: int,
     meta: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Play ``file`` with state, then without; show both live and save ``output``.
+    """Play ``file`` with state, then without; show both live, save and return the report.
 
-    Writes ``report.json``, ``latency.png`` and ``index.html`` into ``output`` and returns the
-    report. ``meta`` describes model, build and machine; it is asked once both runs are done.
+    ``files`` are the ones of `REPORT_FILES`, in that order; they are committed when all are
+    written. ``meta`` describes model, build and machine; it is asked once both runs are done.
     """
     turns = [turn for workflow in file.workflows for turn in workflow.turns]
     messages = [turn.message for turn in turns]
@@ -155,21 +158,24 @@ def run_demo(
         "stateful": [row.to_json() for row in screen.stateful],
         "stateless": [row.to_json() for row in screen.stateless],
     }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    report.write_latency_png(output / "latency.png", screen.stateful, screen.stateless)
-    png = (output / "latency.png").read_bytes()
-    report.write_html(output / "index.html", result, png, messages)
-    console.print(_summary_panel(summary, output))
+    data, image, page = files
+    png = report.latency_png(screen.stateful, screen.stateless)
+    data.file.write(json.dumps(result, indent=1) + "\n")
+    image.write_bytes(png)
+    page.file.write(report.html_page(result, png, messages))
+    for made in files:
+        made.commit()
+    console.print(_summary_panel(summary, data.path.parent))
     return result
 
 
-def _introduction(file: WorkflowFile) -> str:
+def _introduction(file: WorkflowFile) -> Text:
     names = list(dict.fromkeys(a.name for workflow in file.workflows for a in workflow.agents))
     who = f"{len(names)} agents share one engine" if len(names) > 1 else "One agent"
-    return (
-        f"\n[bold]{who}[/] ({escape(', '.join(names))}): {file.num_turns} turns, played first with "
-        "the state of every session kept,\nthen with everything forgotten between turns. "
+    text = Text("\n").append(who, style="bold")
+    return text.append(
+        f" ({shorten(', '.join(names), 200)}): {file.num_turns} turns, played first with the state "
+        "of every session kept,\nthen with everything forgotten between turns. "
         "< is what the agent is told, > is its reply.\n"
     )
 
@@ -204,9 +210,9 @@ def _summary_panel(summary: dict[str, Any], output: Path) -> Panel:
     )
     equal = f"{summary['num_equal_turns']} of {a['num_turns']}"
     verdict = "every reply" if summary["tokens_equal"] else f"[red]only {equal} replies"
-    files = "index.html, latency.png, report.json"
+    saved = Text(printable(f"Saved {output}/ ({', '.join(sorted(REPORT_FILES))})."))
     return Panel(
-        Group(grid, Text(""), f"Same tokens both ways: {verdict}.", f"Saved {output}/ ({files})."),
+        Group(grid, Text(""), f"Same tokens both ways: {verdict}.", saved),
         title="stateful_kv",
         title_align="left",
         expand=False,

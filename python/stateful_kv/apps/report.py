@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from stateful_kv.apps.workflow import TurnRow, shorten, summarize
+from stateful_kv.apps.printable import printable, shorten
+from stateful_kv.apps.workflow import TurnRow, summarize
 from stateful_kv.system.machine import cpu_name, cpuinfo, num_cores
 
 STATEFUL_COLOR = "#0b6e99"
@@ -32,7 +35,10 @@ def _relative(arg: str, *, is_program: bool) -> str:
         return arg
     if is_program:
         return Path(value).name
-    inside = os.path.relpath(value)
+    try:
+        inside = os.path.relpath(value)
+    except OSError:  # the working folder was removed
+        return head + separator + Path(value).name
     return head + separator + (Path(value).name if inside.startswith("..") else inside)
 
 
@@ -87,8 +93,21 @@ def compare(stateful: list[TurnRow], stateless: list[TurnRow]) -> dict[str, Any]
     }
 
 
-def write_latency_png(path: Path, stateful: list[TurnRow], stateless: list[TurnRow]) -> None:
-    """Plot seconds of each turn against its number, for both runs."""
+def require_matplotlib() -> None:
+    """Raises ImportError, with what to install, where the plot could not be drawn."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise ImportError(
+            "the plot of the demo needs matplotlib, run: pip install 'stateful-kv[cli]'"
+        ) from error
+
+
+def latency_png(stateful: list[TurnRow], stateless: list[TurnRow]) -> bytes:
+    """A plot of the seconds of each turn against its number, for both runs."""
+    require_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.6, 4.2), dpi=160, layout="constrained")
@@ -101,7 +120,9 @@ def write_latency_png(path: Path, stateful: list[TurnRow], stateless: list[TurnR
         seconds = [row.total_s for row in rows]
         axes.plot(turns, seconds, color=color, marker=marker, linewidth=2, label=label)
     agents = [row.agent for row in stateful]
-    axes.set_xticks(list(turns), [f"{t}\n{a}" for t, a in zip(turns, agents, strict=True)])
+    labels = [f"{t}\n{shorten(a, 16)}" for t, a in zip(turns, agents, strict=True)]
+    # A name is no formula: matplotlib would read what is between two dollar signs as one.
+    axes.set_xticks(list(turns), labels, parse_math=False)
     axes.tick_params(axis="x", labelsize=7.5, length=0)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("seconds per turn (lower is better)")
@@ -112,7 +133,11 @@ def write_latency_png(path: Path, stateful: list[TurnRow], stateless: list[TurnR
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    image = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
+        figure.savefig(image, format="png")
+    return image.getvalue()
 
 
 _STYLE = """
@@ -141,8 +166,13 @@ footer { color: var(--soft); font-size: .82rem; margin-top: 2.5rem; }
 """
 
 
-def write_html(path: Path, report: dict[str, Any], png: bytes, messages: list[str]) -> None:
-    """Write the report as one page that needs no other file and no network."""
+def _safe(text: str) -> str:
+    """Text of files and models as text of a page; line breaks and tabs stay."""
+    return html.escape(printable(text, keep="\n\t"))
+
+
+def html_page(report: dict[str, Any], png: bytes, messages: list[str]) -> str:
+    """The report as one page that needs no other file and no network."""
     summary, meta = report["summary"], report["meta"]
     stateful, stateless = report["stateful"], report["stateless"]
     speedup = summary["speedup_later_turn"]
@@ -161,11 +191,11 @@ def write_html(path: Path, report: dict[str, Any], png: bytes, messages: list[st
     page = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>stateful_kv: {html.escape(meta['workflow'])}</title><style>{_STYLE}</style>",
+        f"<title>stateful_kv: {_safe(meta['workflow'])}</title><style>{_STYLE}</style>",
         "</head><body><h1>Turns that compute only their delta</h1>",
-        f'<p class="lead">Workflow <i>{html.escape(meta["workflow"])}</i>: '
+        f'<p class="lead">Workflow <i>{_safe(meta["workflow"])}</i>: '
         f"{len(set(r['agent'] for r in stateful))} agents share one engine "
-        f"({html.escape(meta['model'])}). The same messages were played twice: once with the "
+        f"({_safe(meta['model'])}). The same messages were played twice: once with the "
         "state of every session kept, once with everything forgotten between turns.</p>",
         '<div class="tiles">',
         *(f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for value, label in tiles),
@@ -175,15 +205,15 @@ def write_html(path: Path, report: dict[str, Any], png: bytes, messages: list[st
         _html_table(stateful, stateless),
         "<h2>What was said</h2>",
         *(
-            f"<details><summary>{i} &middot; {html.escape(row['agent'])} "
-            f"<span>{html.escape(shorten(message, 90))}</span></summary>"
-            f"<pre>{html.escape(message)}</pre><pre>{html.escape(row['text'])}</pre></details>"
+            f"<details><summary>{i} &middot; {_safe(row['agent'])} "
+            f"<span>{_safe(shorten(message, 90))}</span></summary>"
+            f"<pre>{_safe(message)}</pre><pre>{_safe(row['text'])}</pre></details>"
             for i, (row, message) in enumerate(zip(stateful, messages, strict=True), start=1)
         ),
         _html_footer(meta),
         "</body></html>",
     ]
-    path.write_text("\n".join(page) + "\n", encoding="utf-8")
+    return "\n".join(page) + "\n"
 
 
 def _html_table(stateful: list[dict[str, Any]], stateless: list[dict[str, Any]]) -> str:
@@ -203,7 +233,7 @@ def _html_table(stateful: list[dict[str, Any]], stateless: list[dict[str, Any]])
     for i, (a, b) in enumerate(zip(stateful, stateless, strict=True), start=1):
         values = (
             str(i),
-            html.escape(a["agent"]),
+            _safe(a["agent"]),
             f"{a['prompt_tokens']:,}",
             f"{a['reused_tokens']:,}",
             f"{a['computed_tokens']:,}",
@@ -226,5 +256,5 @@ def _html_footer(meta: dict[str, Any]) -> str:
         f"up to {meta['max_tokens']} tokens a reply, greedy",
         machine["date"],
     ]
-    lines = [html.escape(" · ".join(parts)), f"Messages: {html.escape(meta['source'])}"]
+    lines = [_safe(" · ".join(parts)), f"Messages: {_safe(meta['source'])}"]
     return f"<footer>{'<br>'.join(lines)}</footer>"

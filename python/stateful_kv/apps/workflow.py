@@ -9,6 +9,8 @@ stays in the history as generated.
 from __future__ import annotations
 
 import json
+import os
+import re
 import statistics
 import time
 from collections import defaultdict
@@ -19,17 +21,17 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stateful_kv.errors import InvalidRequestError
+from stateful_kv.apps.printable import shorten
+from stateful_kv.errors import WorkflowError
 
 if TYPE_CHECKING:
     from stateful_kv.engine.engine import Engine
     from stateful_kv.session.session import Session
 
 FORMAT = "stateful-kv-workflow/1"
-
-
-class WorkflowError(InvalidRequestError):
-    """A workflow file is missing, unreadable or not in the expected format."""
+# More than any workflow needs; a device or a pipe may have no end.
+_MAX_BYTES = 1 << 26
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,14 @@ def shipped_workflows() -> list[str]:
     return sorted(f.name[: -len(".json")] for f in folder.iterdir() if f.name.endswith(".json"))
 
 
+def workflow_path(name_or_path: str) -> Path:
+    """The file that a path or the name of a shipped workflow stands for; it need not exist."""
+    path = Path(name_or_path)
+    if not os.path.exists(path) and name_or_path in shipped_workflows():
+        return Path(str(resources.files("stateful_kv") / "data" / f"{name_or_path}.json"))
+    return path
+
+
 def load_workflow(name_or_path: str) -> WorkflowFile:
     """Read and validate a workflow file, by path or by the name of a shipped one.
 
@@ -122,38 +132,50 @@ def load_workflow(name_or_path: str) -> WorkflowFile:
         WorkflowError: missing or unreadable file, bad JSON, or a broken rule of the format; the
             message is one line and names the file and the place in it.
     """
-    path = Path(name_or_path)
-    if path.exists():
-        label = name_or_path
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise WorkflowError(f"{label}: cannot be read: {reason}") from error
-    elif name_or_path in shipped_workflows():
-        label = f"{name_or_path}.json"
-        text = (resources.files("stateful_kv") / "data" / label).read_text(encoding="utf-8")
-    else:
+    path = workflow_path(name_or_path)
+    label = shorten(name_or_path, 200) if os.path.exists(name_or_path) else path.name
+    if not name_or_path or not os.path.exists(path):
         names = ", ".join(shipped_workflows())
-        raise WorkflowError(f"{name_or_path}: no such workflow file (shipped ones: {names})")
+        raise WorkflowError(
+            f"{shorten(name_or_path, 200)}: no such workflow file (shipped ones: {names})"
+        )
     try:
-        return parse_workflow(json.loads(text))
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
-        raise WorkflowError(f"{label}: not valid JSON: {error.msg} ({place})") from error
-    except RecursionError as error:
-        raise WorkflowError(f"{label}: not valid JSON: nested too deeply") from error
+        data = _read_json(path)
+        return parse_workflow(data)
     except WorkflowError as error:
         raise WorkflowError(f"{label}: {error}") from error
+
+
+def _read_json(path: Path) -> object:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise WorkflowError(f"cannot be read: {error.strerror}") from error
+    if len(content) > _MAX_BYTES:
+        raise WorkflowError(f"cannot be read: more than {_MAX_BYTES >> 20} MiB")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise WorkflowError("cannot be read: not UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        raise WorkflowError(f"not valid JSON: {error.msg} ({place})") from error
+    except RecursionError as error:
+        raise WorkflowError("not valid JSON: nested too deeply") from error
+    except ValueError as error:  # what else there is: numbers of thousands of digits
+        raise WorkflowError("not valid JSON: a number has too many digits") from error
 
 
 def parse_workflow(data: object) -> WorkflowFile:
     """Validate the decoded JSON of a workflow file; raises WorkflowError naming the place."""
     top = _object(data, "top level")
     if top.get("format") != FORMAT:
-        raise WorkflowError(f"format: expected {FORMAT!r}, got {top.get('format')!r}")
+        got = shorten(repr(top.get("format")), 100)
+        raise WorkflowError(f"format: expected {FORMAT!r}, got {got}")
     workflows = tuple(
-        _parse_one(item, f"workflows[{i}]") for i, item in enumerate(_items(top, "workflows", ""))
+        _parse_workflow(item, f"workflows[{i}]")
+        for i, item in enumerate(_items(top, "workflows", ""))
     )
     return WorkflowFile(
         name=_text(top, "name", ""),
@@ -162,7 +184,7 @@ def parse_workflow(data: object) -> WorkflowFile:
     )
 
 
-def _parse_one(data: object, where: str) -> Workflow:
+def _parse_workflow(data: object, where: str) -> Workflow:
     item = _object(data, where)
     agents: dict[str, Agent] = {}
     for i, raw in enumerate(_items(item, "agents", where)):
@@ -170,7 +192,7 @@ def _parse_one(data: object, where: str) -> Workflow:
         entry = _object(raw, place)
         name = _text(entry, "name", place)
         if name in agents:
-            raise WorkflowError(f"{place}.name: duplicate agent {name!r}")
+            raise WorkflowError(f"{place}.name: duplicate agent {shorten(repr(name), 100)}")
         agents[name] = Agent(name, _text(entry, "system", place, default=""))
     turns = []
     for i, raw in enumerate(_items(item, "turns", where)):
@@ -178,8 +200,9 @@ def _parse_one(data: object, where: str) -> Workflow:
         entry = _object(raw, place)
         agent = _text(entry, "agent", place)
         if agent not in agents:
-            known = ", ".join(agents)
-            raise WorkflowError(f"{place}.agent: unknown agent {agent!r} (agents: {known})")
+            known = shorten(", ".join(agents), 300)
+            got = shorten(repr(agent), 100)
+            raise WorkflowError(f"{place}.agent: unknown agent {got} (agents: {known})")
         turns.append(WorkflowTurn(agent, _text(entry, "message", place)))
     return Workflow(tuple(agents.values()), tuple(turns))
 
@@ -209,6 +232,8 @@ def _text(data: dict[str, Any], key: str, where: str, default: str | None = None
         raise WorkflowError(f"{_join(where, key)}: expected a string, got {got}")
     if default is None and not value.strip():
         raise WorkflowError(f"{_join(where, key)}: must not be empty")
+    if not value.isascii() and _LONE_SURROGATE.search(value):
+        raise WorkflowError(f"{_join(where, key)}: half a surrogate pair, which is no character")
     return value
 
 
@@ -332,9 +357,3 @@ def summarize(rows: list[TurnRow]) -> dict[str, Any]:
         "accepted_tokens": sum(r.accepted_tokens for r in rows),
         "output_tokens": sum(r.output_tokens for r in rows),
     }
-
-
-def shorten(text: str, width: int) -> str:
-    """One line of at most ``width`` characters, for tables."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 1].rstrip() + "…"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+from stateful_kv.apps.output import OutputFile, output_files
 
 # What the name of an op of ours contains, and the group it is shown in; the first hit counts.
 KERNEL_GROUPS = (
@@ -141,7 +143,7 @@ def nest(events: Sequence[Event]) -> list[Node]:
     """The events of one thread as trees, by begin and end."""
     roots: list[Node] = []
     stack: list[Node] = []
-    for event in sorted(events, key=lambda one: (one.begin_us, -one.duration_us)):
+    for event in sorted(events, key=lambda event: (event.begin_us, -event.duration_us)):
         while stack:
             outer = stack[-1].event
             if event.begin_us < outer.begin_us + outer.duration_us:
@@ -185,9 +187,9 @@ def _add_span(step: StepTimes, node: Node) -> None:
     inside = sum(child.event.duration_us for child in node.children if not child.event.is_op)
     step.phases[phase] = step.phases.get(phase, 0.0) + node.event.duration_us - inside
     ops = list(_ops_in(node))
-    linear = [one for one in ops if kernel_group(one.event.name) == LINEAR]
+    linear = [op for op in ops if kernel_group(op.event.name) == LINEAR]
     # A model ends with its head: the last linear layer, unless there is an op of its own for it.
-    has_head_op = any(one.event.name == HEAD_OP for one in ops)
+    has_head_op = any(op.event.name == HEAD_OP for op in ops)
     head = linear[-1] if phase == "forward" and linear and not has_head_op else None
     for op in ops:
         took = op.event.duration_us
@@ -238,7 +240,7 @@ class TraceWriter:
         self._end_us += turn.event.duration_us + self.GAP_US
         turn.event = turn.event._replace(name=title)
         for step in turn.find("step"):
-            label = next((one.event.label for one in step.find("forward")), "nothing")
+            label = next((node.event.label for node in step.find("forward")), "nothing")
             step.event = step.event._replace(name=f"step: {label}")
         self._write(turn, shift)
 
@@ -260,10 +262,29 @@ class TraceWriter:
     @classmethod
     @contextmanager
     def open(cls, path: Path, title: str) -> Iterator[TraceWriter]:
-        """Writes a trace into a file; whatever ends the block, the file is valid JSON."""
-        with path.open("w", encoding="utf-8") as file:
-            writer = cls(file, title)
-            try:
+        """Writes a trace into a file; see `into`."""
+        with output_files(path) as (output,):
+            assert output is not None
+            with cls.into(output, title) as writer:
                 yield writer
-            finally:
-                file.write("\n]}\n")
+
+    @classmethod
+    @contextmanager
+    def into(cls, output: OutputFile, title: str) -> Iterator[TraceWriter]:
+        """Writes a trace and puts it in its place as valid JSON, whatever ends the block.
+
+        A block that fails leaves what it has recorded, but never in place of an older file.
+        """
+        writer = cls(output.file, title)
+        try:
+            yield writer
+        except BaseException:
+            if not output.replaces:
+                with suppress(OSError):  # the error of the block is the one to tell
+                    writer._end(output)
+            raise
+        writer._end(output)
+
+    def _end(self, output: OutputFile) -> None:
+        self._file.write("\n]}\n")
+        output.commit()
