@@ -13,8 +13,9 @@ from stateful_kv.drafts import cost_file
 from stateful_kv.engine.config import EngineConfig
 from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import DeviceUnavailableError, InvalidRequestError
-from stateful_kv.kv import cache
+from stateful_kv.kv import pools
 from stateful_kv.kv.batch import Batch
+from stateful_kv.kv.cache import KVCache
 from stateful_kv.models.llama import LlamaModel
 from stateful_kv.system.device import device_name, joined, split, to_device, to_host
 from tests.e2e.test_calibrate import costs_of
@@ -42,7 +43,7 @@ class TestNames:
     @pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:-1", "cpu:0", "mps", None, 0])
     def test_so_does_a_cache(self, name: object) -> None:
         with pytest.raises(DeviceUnavailableError, match="expected cpu or cuda or cuda:N"):
-            cache.KVCache(1, 1, 16, 1, 16, device=name)
+            KVCache(1, 1, 16, 1, 16, device=name)
 
     @pytest.mark.parametrize(
         ("device", "kv_dtype"), [("cpu", "float16"), ("cuda", "bfloat16"), ("cuda:1", "bfloat16")]
@@ -103,9 +104,9 @@ class TestUnavailable:
     def test_a_pool_larger_than_the_device_names_both_sizes(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(cache, "free_memory", lambda device: 1000)
+        monkeypatch.setattr(pools, "free_memory", lambda device: 1000)
         with pytest.raises(InvalidRequestError) as caught:
-            cache._make_pools((1, 4, 1, 16, 32), torch.bfloat16, torch.device("cuda:0"))
+            pools.make_pools((1, 4, 1, 16, 32), torch.bfloat16, torch.device("cuda:0"))
         assert "the free memory of cuda:0 (1000 bytes)" in str(caught.value)
         assert "4 pages of 16 tokens (8192 bytes)" in str(caught.value)
 

@@ -358,6 +358,8 @@ class TestFaults:
                 return original(*args, **kwargs)
 
             with monkeypatch.context() as patch:
+                if name in ("reserve", "batch_pages"):  # as if pages were short
+                    patch.setattr(KVCache, "prepare", lambda *_: None)
                 patch.setattr(owner, name, fail)
                 outcome = _story(engine, error)
             assert outcome == expected

@@ -86,8 +86,12 @@ class Stepper:
         rows = [row for row in rows if self._has_room_for_prompt(row)]
         try:
             pages = self._cache.prepare(*_lengths(rows)) if rows else None
-        except Exception:  # whose fault it is, the loop below finds
+        except Exception as error:
             pages = None
+            for row in rows:
+                if not row.turn.state.has_kv:
+                    row.turn.fail(error)
+            rows = [row for row in rows if not row.turn.is_finished]
         if pages is None:  # not enough free pages for all
             rows = [kept for row in rows if (kept := self._reserve_row(row)) is not None]
             pages = self._cache.batch_pages(*_lengths(rows)) if rows else None

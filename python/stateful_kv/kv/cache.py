@@ -125,7 +125,8 @@ class KVCache:
             query_lens: how many tokens of each.
 
         Returns:
-            Where these tokens go; None if too few pages are free, then nothing changed.
+            Where these tokens go; None if too few pages are free, then nothing changed. Where
+            something else fails, a sequence whose page could not be copied is gone.
         """
         ids = torch.tensor(sequence_ids, dtype=torch.int64)
         lens = torch.tensor(query_lens, dtype=torch.int32)
@@ -335,11 +336,13 @@ class KVCache:
         if page_copies.shape[0] == 0:
             return
         try:
-            (page_copies,) = to_device([page_copies], self.device)
-            ops.copy_pages(page_copies, self.k, self.v, self.k_scales, self.v_scales)
+            (copies,) = to_device([page_copies], self.device)
+            ops.copy_pages(copies, self.k, self.v, self.k_scales, self.v_scales)
         except Exception:
+            without_content = set(page_copies[:, 1].tolist())
             for sequence_id in self._copying:
-                self.release(sequence_id)
+                if without_content.intersection(self._table.page_table(sequence_id).tolist()):
+                    self.release(sequence_id)
             self._copying = ()
             raise
 
