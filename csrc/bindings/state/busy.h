@@ -37,22 +37,27 @@ class BusyFlag {
   void leave() { holder_.store(0, std::memory_order_release); }
 
   // For destructors, which cannot raise. Called and left with the GIL held, so that nobody can
-  // enter between the return and the destruction.
+  // enter between the return and the destruction. Ends without success while Python ends: a thread
+  // that then wants the GIL back never gets it, so it would never leave.
   void wait_until_idle() const {
-    while (is_held_here()) {
+    while (is_held_here() && !is_python_ending()) {
       pybind11::gil_scoped_release release;
       std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
   }
 
-  // Whether a call that changes the object was cut off by a fork.
-  bool is_broken() const {
-    const uint64_t holder = holder_.load(std::memory_order_acquire);
-    return holder != 0 && holder >> 1 != this_process() && is_change(holder);
-  }
+  // Whether a call that changes the object is under way or was cut off by a fork.
+  bool is_being_changed() const { return is_change(holder_.load(std::memory_order_acquire)); }
 
  private:
   static bool is_change(uint64_t holder) { return (holder & 1) != 0; }
+  static bool is_python_ending() {
+#if PY_VERSION_HEX >= 0x030D0000
+    return Py_IsFinalizing() != 0;
+#else
+    return _Py_IsFinalizing() != 0;
+#endif
+  }
   static uint64_t this_process() { return process_.load(std::memory_order_relaxed); }
   bool is_held_here() const {
     const uint64_t holder = holder_.load(std::memory_order_acquire);

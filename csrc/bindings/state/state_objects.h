@@ -20,8 +20,8 @@ struct PoolObject {
   BusyFlag busy{"PagePool"};
 };
 
-// A SequenceTable or RadixTree. Its destructor gives pages back to the pool, unless a fork broke
-// one of the two (busy.h): then the memory is left to the end of the process.
+// A SequenceTable or RadixTree. Its destructor gives pages back to the pool, unless one of the two
+// stays half changed (busy.h): then the memory is left to the end of the process.
 template <typename Core>
 struct PoolUser {
   PoolUser(std::shared_ptr<PoolObject> owner, const char* name)
@@ -33,7 +33,9 @@ struct PoolUser {
   PoolUser& operator=(const PoolUser&) = delete;
   ~PoolUser() {
     pool->busy.wait_until_idle();
-    if (busy.is_broken() || pool->busy.is_broken()) static_cast<void>(owned.release());
+    if (busy.is_being_changed() || pool->busy.is_being_changed()) {
+      static_cast<void>(owned.release());
+    }
   }
 
   std::shared_ptr<PoolObject> pool;
