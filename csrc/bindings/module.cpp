@@ -2,10 +2,16 @@
 // registered with torch when this library is loaded.
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <array>
+#include <deque>
 #include <exception>
+#include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
-#include "csrc/bindings/state_objects.h"
+#include "csrc/bindings/state/state_objects.h"
 #include "csrc/core/assert.h"
 #include "csrc/core/references.h"
 
@@ -14,18 +20,34 @@ namespace py = pybind11;
 namespace skv::bindings {
 namespace {
 
-// The Python class for InvariantError, handed over at import so that C++ imports nothing from
+// The Python classes of our exceptions, handed over at import so that C++ imports nothing from
 // Python. Owned for the life of the process: a static py::object would be destroyed after Python.
-PyObject* invariant_error_class = nullptr;
+struct ErrorClass {
+  const char* name;
+  PyObject* value;
+};
+ErrorClass invariant_error{"InvariantError", nullptr};
+ErrorClass state_busy_error{"StateBusyError", nullptr};
 
+// Sets the classes that `types` names; all are checked before one is set.
 void set_error_types(const py::dict& types) {
-  const py::object error_class = types["InvariantError"];
-  if (!PyExceptionClass_Check(error_class.ptr())) {
-    throw py::type_error("_set_error_types: InvariantError: expected an exception class");
+  const std::array<ErrorClass*, 2> known{&invariant_error, &state_busy_error};
+  for (const ErrorClass* error : known) {
+    if (types.contains(error->name) && !PyExceptionClass_Check(types[error->name].ptr())) {
+      throw py::type_error(std::string("_set_error_types: ") + error->name +
+                           ": expected an exception class");
+    }
   }
-  PyObject* const old = invariant_error_class;
-  invariant_error_class = error_class.inc_ref().ptr();
-  Py_XDECREF(old);
+  for (ErrorClass* error : known) {
+    if (!types.contains(error->name)) continue;
+    const py::object value = types[error->name];
+    PyObject* const old = std::exchange(error->value, value.inc_ref().ptr());
+    Py_XDECREF(old);
+  }
+}
+
+void set_error(const ErrorClass& error, const char* message) {
+  PyErr_SetString(error.value != nullptr ? error.value : PyExc_RuntimeError, message);
 }
 
 // std::invalid_argument -> ValueError and std::out_of_range -> IndexError are pybind11's own.
@@ -33,16 +55,40 @@ void translate_exception(std::exception_ptr exception) {
   try {
     if (exception) std::rethrow_exception(exception);
   } catch (const InvariantError& error) {
-    PyErr_SetString(invariant_error_class != nullptr ? invariant_error_class : PyExc_RuntimeError,
-                    error.what());
+    set_error(invariant_error, error.what());
+  } catch (const StateBusyError& error) {
+    set_error(state_busy_error, error.what());
+  }
+}
+
+void require_pool(const char* what, const PoolObject& pool, const PoolObject& got) {
+  if (&pool != &got) {
+    throw std::invalid_argument(std::string("check_references: ") + what +
+                                ": expected pages of the given pool");
   }
 }
 
 std::optional<std::string> check_references_of(PoolObject& pool, TableObject* table,
                                                const py::list& trees) {
-  Entry entry(pool.busy);
+  if (table != nullptr) require_pool("table", pool, *table->pool);
+  std::vector<TreeObject*> objects;
   std::vector<const RadixTree*> cores;
-  for (const py::handle tree : trees) cores.push_back(&tree.cast<TreeObject&>().core);
+  for (const py::handle tree : trees) {
+    auto* const object = tree.cast<TreeObject*>();
+    if (object == nullptr)
+      throw py::type_error("check_references: trees: expected trees, got None");
+    require_pool("trees", pool, *object->pool);
+    if (std::find(objects.begin(), objects.end(), object) != objects.end()) {
+      throw std::invalid_argument("check_references: trees: a tree stands twice in the list");
+    }
+    objects.push_back(object);
+    cores.push_back(&object->core);
+  }
+  Entry entry(pool.busy);
+  std::optional<Entry> table_entry;
+  if (table != nullptr) table_entry.emplace(table->busy);
+  std::deque<Entry> tree_entries;
+  for (TreeObject* object : objects) tree_entries.emplace_back(object->busy);
   return check_references(pool.core, table != nullptr ? &table->core : nullptr, cores);
 }
 
@@ -52,6 +98,7 @@ std::optional<std::string> check_references_of(PoolObject& pool, TableObject* ta
 PYBIND11_MODULE(_C, module) {
   using namespace skv::bindings;
   py::register_local_exception_translator(&translate_exception);
+  BusyFlag::watch_forks();
   bind_pages(module);
   bind_indexes(module);
   bind_info(module);

@@ -1,5 +1,6 @@
 #include "csrc/core/radix_tree.h"
 
+#include <atomic>
 #include <stdexcept>
 #include <utility>
 
@@ -7,9 +8,17 @@
 #include "csrc/core/checked_math.h"
 
 namespace skv {
+namespace {
+
+uint64_t next_serial() {
+  static std::atomic<uint64_t> last{0};
+  return last.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+
+}  // namespace
 
 RadixTree::RadixTree(PagePool& pool)
-    : pool_(pool), tree_refs_(static_cast<size_t>(pool.num_pages()), 0) {}
+    : pool_(pool), serial_(next_serial()), tree_refs_(static_cast<size_t>(pool.num_pages()), 0) {}
 
 RadixTree::~RadixTree() {
   for (const Node& node : nodes_) {
@@ -49,8 +58,8 @@ RadixTree::Walk RadixTree::walk(RootKey root_key, TokenSpan tokens) const {
 
 Match RadixTree::match(RootKey root_key, TokenSpan tokens) const {
   Walk found = walk(root_key, tokens);
-  Match match{found.num_tokens, std::move(found.pages), {}};
-  if (found.num_tokens > 0) match.node = {found.node, at(found.node).generation};
+  Match match{found.num_tokens, std::move(found.pages), {serial_}};
+  if (found.num_tokens > 0) match.node = {serial_, found.node, at(found.node).generation};
   return match;
 }
 

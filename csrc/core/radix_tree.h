@@ -47,9 +47,10 @@ namespace skv {
 using RootKey = uint64_t;
 using PinId = int64_t;  // never reused within the life of a tree
 
-// Names a node as long as it lives; a stale handle is recognised and ignored.
+// Names a node as long as it lives. Holds no pointer: a handle may outlive its node and its tree.
 struct NodeHandle {
-  int32_t index = -1;
+  uint64_t tree = 0;   // the serial number of the tree, unlike its address never used again
+  int32_t index = -1;  // -1 for a match of nothing
   uint32_t generation = 0;
 };
 
@@ -74,7 +75,8 @@ class RadixTree {
   // Longest cached prefix of `tokens`. Any integers are legal: what is no token id never matches.
   Match match(RootKey root_key, TokenSpan tokens) const;
 
-  // Marks the path of a match as just used. A node that is gone since then is no error.
+  // Marks the path of a match as just used. A node that is gone since then is no error; a match of
+  // another tree is one (std::invalid_argument), also if that tree is gone.
   void touch(const Match& match) { touch(match.node); }
   void touch(NodeHandle node);
 
@@ -188,6 +190,7 @@ class RadixTree {
   std::optional<std::string> check_list() const;
 
   PagePool& pool_;
+  const uint64_t serial_;   // of all trees of this process; from 1
   std::deque<Node> nodes_;  // a deque, so that references survive new nodes
   std::vector<NodeIndex> unused_;
   std::unordered_map<RootKey, NodeIndex> roots_;  // only roots that have children

@@ -10,6 +10,9 @@
 namespace skv {
 
 void RadixTree::touch(NodeHandle handle) {
+  if (handle.tree != serial_) {
+    throw std::invalid_argument("RadixTree.touch: match: expected a match of this tree");
+  }
   if (handle.index < 0 || static_cast<size_t>(handle.index) >= nodes_.size()) return;
   const Node& node = at(handle.index);
   if (node.is_live && node.generation == handle.generation) touch_path(handle.index);

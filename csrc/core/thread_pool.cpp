@@ -51,6 +51,11 @@ void set_float_control([[maybe_unused]] uint32_t control) {
 #endif
 }
 
+struct Leave {
+  std::atomic<bool>& flag;
+  ~Leave() { flag.store(false, std::memory_order_release); }
+};
+
 std::atomic<ThreadPool*> process_pool{nullptr};
 
 // The parent's workers do not exist in the child; its pool is left alone, locks and all.
@@ -82,8 +87,8 @@ void ThreadPool::run(int64_t n, int64_t grain, int num_threads, RangeBody body) 
   if (n <= 0) return;
   int64_t ranges = std::min<int64_t>(num_threads, n / std::max<int64_t>(grain, 1));
   ranges = std::min<int64_t>(ranges, kRangeMask);
-  std::unique_lock<std::mutex> lock(one_job_, std::defer_lock);
-  if (ranges < 2 || !lock.try_lock()) return body(0, n);
+  if (ranges < 2 || has_job_.exchange(true, std::memory_order_acquire)) return body(0, n);
+  const Leave leave{has_job_};
   start_workers(static_cast<size_t>(ranges - 1));
 
   body_ = &body;

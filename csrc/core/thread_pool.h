@@ -14,7 +14,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -34,8 +33,9 @@ class ThreadPool {
   ~ThreadPool();
 
   // Runs body on disjoint ranges that cover [0, n), on at most num_threads threads, each range at
-  // least `grain` long (but for one). Returns when all are done. body must not throw. A call from
-  // inside a body, or while another thread's job runs, does all the work in the calling thread.
+  // least `grain` long (but for one). Returns when all are done. body must not throw. A call
+  // while a job runs, from inside its body or from another thread, does all the work in the calling
+  // thread.
   void run(int64_t n, int64_t grain, int num_threads, RangeBody body);
 
   // Workers that were started so far.
@@ -54,7 +54,9 @@ class ThreadPool {
   void run_range(int64_t range) const;
   void wait_for_work(uint64_t seen);
 
-  std::mutex one_job_;  // held while a job runs
+  // Set while a job runs. Not a mutex: a nested call asks in the thread that set it, which a mutex
+  // does not allow.
+  std::atomic<bool> has_job_{false};
   std::atomic<uint64_t> claim_{0};
   std::atomic<int64_t> num_done_{0};
   std::atomic<uint32_t> epoch_{0};  // what sleeping workers wait on

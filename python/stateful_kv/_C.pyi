@@ -1,10 +1,11 @@
 """The compiled state objects.
 
-Array arguments are read in place: a contiguous one-dimensional int32 or int64 torch tensor or numpy
-array on the CPU (page ids and query lengths int32 only, sequence ids int64 only); anything else is
-a TypeError. Bad values are a ValueError, unknown ids an IndexError, a broken invariant is an
-InvariantError; in each case nothing has changed. A second thread that enters an object during a
-call gets a RuntimeError.
+Array arguments are contiguous one-dimensional int32 or int64 torch tensors, numpy arrays or buffers
+on the CPU (page ids and query lengths int32 only, sequence ids and counts int64 only); anything
+else is a TypeError. They are copied, but for the tokens of RadixTree.match and pin. Bad values are
+a ValueError, unknown ids an IndexError, a broken invariant is an InvariantError; in each case
+nothing has changed. A second thread that enters an object during a call gets a StateBusyError. In a
+forked child this is also what an object raises that another thread was changing at the fork.
 """
 
 from collections.abc import Sequence
@@ -142,7 +143,10 @@ class RadixTree:
         """Longest cached prefix; changes nothing."""
 
     def touch(self, match: Match) -> None:
-        """Marks the path of a match as just used."""
+        """Marks the path of a match as just used.
+
+        Nothing happens if the path was evicted since; a match of another tree is a ValueError.
+        """
 
     def insert(self, root_key: int, tokens: IntArray, pages: Int32Array) -> InsertResult:
         """Makes tokens matchable; retains only the pages of new tokens. Idempotent."""
@@ -212,6 +216,9 @@ def cpu_isa_error() -> str:
 def check_references(
     pool: PagePool, table: SequenceTable | None, trees: list[RadixTree]
 ) -> str | None:
-    """Recounts all holders of all pages; the first difference from the pool's counts, or None."""
+    """Recounts all holders of all pages; the first difference from the pool's counts, or None.
+
+    The table and the distinct trees must be the pool's, else ValueError.
+    """
 
 def _set_error_types(types: dict[str, Any]) -> None: ...

@@ -7,7 +7,12 @@ from typing import NoReturn
 
 import torch
 
-from stateful_kv.errors import BuildMismatchError, DeviceUnavailableError, InvariantError
+from stateful_kv.errors import (
+    BuildMismatchError,
+    DeviceUnavailableError,
+    InvariantError,
+    StateBusyError,
+)
 
 _REBUILD = "pip install --no-build-isolation --force-reinstall ."
 
@@ -84,7 +89,7 @@ def check_device(device: str | torch.device) -> torch.device:
 check_torch_version(str(_C.build_info()["torch"]), torch.__version__)
 if _isa_error := _C.cpu_isa_error():
     raise ImportError(_isa_error)
-_C._set_error_types({"InvariantError": InvariantError})
+_C._set_error_types({"InvariantError": InvariantError, "StateBusyError": StateBusyError})
 
 
 def build_info() -> dict[str, object]:

@@ -41,6 +41,13 @@ class SessionBusyError(StatefulKVError):
     """The session is in the middle of a turn, which must end first."""
 
 
+class StateBusyError(StatefulKVError, RuntimeError):
+    """A state object (page pool, sequence table, ...) is inside a call of another thread.
+
+    In a forked child also: a thread that the child does not have was changing it at the fork.
+    """
+
+
 class InvalidRequestError(StatefulKVError, ValueError):
     """The request cannot be served as written: empty messages, unknown roles, bad token ids."""
 

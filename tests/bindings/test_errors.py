@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stateful_kv._native import _C
-from stateful_kv.errors import InvariantError
+from stateful_kv.errors import InvariantError, StateBusyError, StatefulKVError
 
 
 def ids(*values: int) -> torch.Tensor:
@@ -67,10 +67,44 @@ def test_touch_wants_a_match_of_the_same_tree() -> None:
         one.touch(other.match(0, ids(1)))
 
 
+def test_touch_knows_a_tree_that_is_gone() -> None:
+    """The next tree is often made at the same address."""
+    pool = _C.PagePool(4, 4)
+    for _ in range(50):
+        tree = _C.RadixTree(pool)
+        pages = pool.allocate(1)
+        tree.insert(0, ids(1, 2), pages)
+        match = tree.match(0, ids(1, 2))
+        tree.touch(match)
+        pool.release(pages)
+        assert tree.evict_all() == 1
+        tree.touch(match)  # evicted: nothing to mark
+        del tree
+        later = _C.RadixTree(pool)
+        with pytest.raises(ValueError, match="this tree"):
+            later.touch(match)
+        del later
+
+
+def test_references_are_counted_in_one_pool_only() -> None:
+    """Page ids of a larger pool would lie outside the arrays of the smaller."""
+    small, large = _C.PagePool(1, 4), _C.PagePool(1000, 4)
+    table, tree = _C.SequenceTable(large), _C.RadixTree(large)
+    table.append(table.create(), 4000)
+    with pytest.raises(ValueError, match="table: expected pages of the given pool"):
+        _C.check_references(small, table, [])
+    with pytest.raises(ValueError, match="trees: expected pages of the given pool"):
+        _C.check_references(small, None, [tree])
+    with pytest.raises(ValueError, match="twice"):
+        _C.check_references(large, table, [tree, tree])
+    with pytest.raises(TypeError):
+        _C.check_references(large, table, [None])  # type: ignore[list-item]
+
+
 def test_invariant_error_is_ours() -> None:
     assert issubclass(InvariantError, Exception)
     # Handing the classes over again must be harmless: a reloaded package does it.
-    _C._set_error_types({"InvariantError": InvariantError})
+    _C._set_error_types({"InvariantError": InvariantError, "StateBusyError": StateBusyError})
 
 
 def test_objects_cannot_be_pickled() -> None:
@@ -123,6 +157,8 @@ def test_second_entry_is_refused_while_the_gil_is_free() -> None:
         try:
             tree.num_nodes()
         except RuntimeError as error:
+            assert isinstance(error, StateBusyError)
+            assert isinstance(error, StatefulKVError)
             refusals.append(str(error))
     stop.set()
     worker.join()

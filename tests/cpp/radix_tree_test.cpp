@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -253,8 +254,25 @@ TEST_F(RadixTreeTest, StaleHandlesAreIgnored) {
   tree_.touch(stale);
   insert(counting(8, 50));
   tree_.touch(stale);
-  tree_.touch(NodeHandle{});
-  tree_.touch(NodeHandle{1000, 0});
+  tree_.touch(NodeHandle{stale.node.tree});
+  tree_.touch(NodeHandle{stale.node.tree, 1000, 0});
+  expect_clean();
+}
+
+TEST_F(RadixTreeTest, HandlesOfAnotherTreeAreRefused) {
+  insert(counting(8));
+  NodeHandle old;
+  for (int i = 0; i < 20; ++i) {
+    // Often at the address of the tree before.
+    const auto tree = std::make_unique<RadixTree>(pool_);
+    EXPECT_THROW(tree->touch(old), std::invalid_argument) << "of the tree before";
+    EXPECT_THROW(tree->touch(tree_.match(0, view(counting(8)))), std::invalid_argument);
+    EXPECT_THROW(tree_.touch(tree->match(0, view(counting(8)))), std::invalid_argument)
+        << "also a match of nothing belongs to its tree";
+    old = tree->match(0, {}).node;
+    tree->touch(old);
+  }
+  EXPECT_THROW(tree_.touch(NodeHandle{}), std::invalid_argument);
   expect_clean();
 }
 

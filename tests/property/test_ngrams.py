@@ -53,6 +53,24 @@ class IndexMachine(RuleBasedStateMachine):
         draft, match_len = index.propose(limit)
         assert (draft.tolist(), match_len) == propose(text, self.min_n, self.max_n, limit)
 
+    @rule(
+        tokens=st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=4, max_size=4),
+        limits=st.lists(st.integers(0, 5), min_size=4, max_size=4),
+    )
+    def propose_for_all(self, tokens: list[list[int]], limits: list[int]) -> None:
+        expected: list[tuple[list[int], int]] = []
+        for (_, text), new, limit in zip(self.forks, tokens, limits, strict=False):
+            text += new
+            expected.append(propose(text, self.min_n, self.max_n, limit) if limit > 0 else ([], 0))
+        count = len(expected)
+        ids, lens, match_lens = _C.propose_drafts(
+            [index for index, _ in self.forks],
+            [torch.tensor(new, dtype=torch.int32) for new in tokens[:count]],
+            torch.tensor(limits[:count]),
+        )
+        assert [draft.tolist() for draft in ids.split(lens.tolist())] == [d for d, _ in expected]
+        assert match_lens.tolist() == [n for _, n in expected]
+
     @invariant()
     def agrees(self) -> None:
         for index, text in getattr(self, "forks", []):

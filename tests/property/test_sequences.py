@@ -55,6 +55,42 @@ class SequenceMachine(RuleBasedStateMachine):
         self.model[seq].reserved = n
 
     @precondition(lambda self: self.model)
+    @rule(
+        indexes=st.lists(pick, max_size=4),
+        counts=st.lists(st.integers(0, 5), min_size=4, max_size=4),
+    )
+    def reserve_and_fill_batch(self, indexes: list[int], counts: list[int]) -> None:
+        seqs = list(dict.fromkeys(self.chosen(index) for index in indexes))
+        ids = torch.tensor(seqs, dtype=torch.int64)
+        lens = torch.tensor(counts[: len(seqs)], dtype=torch.int32)
+        before = {seq: (self.pages(seq), self.table.num_reserved(seq)) for seq in self.model}
+        prepared = self.table.prepare_batch(ids, lens)
+        if prepared is None:
+            assert all(
+                (self.pages(seq), self.table.num_reserved(seq)) == old
+                for seq, old in before.items()
+            )
+            return
+        copies, *arrays = prepared
+        for source, target in copies.tolist():
+            self.memory.copy(source, target)
+        for seq, count in zip(seqs, lens.tolist(), strict=True):
+            self.model[seq].reserved = count
+        filled = self.table.fill_batch(ids, lens)
+        assert [a.tolist() for a in arrays] == [a.tolist() for a in filled]
+
+    @precondition(lambda self: self.model)
+    @rule(indexes=st.lists(pick, max_size=4))
+    def drop_reservations(self, indexes: list[int]) -> None:
+        seqs = list(dict.fromkeys(self.chosen(index) for index in indexes))
+        ids = torch.tensor(seqs, dtype=torch.int64)
+        lengths = self.table.lengths(ids).tolist()
+        assert lengths == [len(self.model[seq].tokens) for seq in seqs]
+        self.table.commit_batch(ids, torch.zeros_like(ids))
+        for seq in seqs:
+            self.model[seq].reserved = 0
+
+    @precondition(lambda self: self.model)
     @rule(index=pick, accepted=st.integers(0, 8))
     def write_and_commit(self, index: int, accepted: int) -> None:
         seq = self.chosen(index)
@@ -119,7 +155,9 @@ class SequenceMachine(RuleBasedStateMachine):
     @rule(index=pick)
     def release(self, index: int) -> None:
         seq = self.chosen(index)
+        assert self.table.has(seq)
         self.table.release(seq)
+        assert not self.table.has(seq)
         del self.model[seq]
         with pytest.raises(ValueError, match="already released"):
             self.table.release(seq)

@@ -2,8 +2,8 @@
 #include <deque>
 #include <vector>
 
-#include "csrc/bindings/array_args.h"
-#include "csrc/bindings/state_objects.h"
+#include "csrc/bindings/state/array_args.h"
+#include "csrc/bindings/state/state_objects.h"
 #include "csrc/core/propose_drafts.h"
 
 namespace py = pybind11;
@@ -16,7 +16,6 @@ constexpr int64_t kLongTokens = 16384;
 constexpr int64_t kLongEviction = 1024;
 
 struct MatchObject {
-  const TreeObject* tree;  // only compared, never followed
   NodeHandle node;
   int64_t num_tokens;
   at::Tensor pages;
@@ -28,17 +27,14 @@ struct InsertObject {
 };
 
 MatchObject match(TreeObject& self, RootKey root_key, py::handle tokens) {
-  const IntArray ids(tokens, "RadixTree.match: tokens");
-  Entry entry(self.busy);
+  const IntArray ids(tokens, "RadixTree.match: tokens", IntArray::Reading::kInPlace);
+  Entry entry(self.busy, Access::kRead);
   const Match found =
       run_work(ids.size() >= kLongTokens, [&] { return self.core.match(root_key, ids.tokens()); });
-  return {&self, found.node, found.num_tokens, to_tensor(found.pages)};
+  return {found.node, found.num_tokens, to_tensor(found.pages)};
 }
 
 void touch(TreeObject& self, const MatchObject& match) {
-  if (match.tree != &self) {
-    throw std::invalid_argument("RadixTree.touch: match: expected a match of this tree");
-  }
   Entry entry(self.busy);
   self.core.touch(match.node);
 }
@@ -84,7 +80,7 @@ void bind_radix_tree(py::module_& module) {
       .def(
           "pin",
           [](TreeObject& self, RootKey root_key, py::handle tokens) {
-            const IntArray ids(tokens, "RadixTree.pin: tokens");
+            const IntArray ids(tokens, "RadixTree.pin: tokens", IntArray::Reading::kInPlace);
             Entry entry(self.busy, self.pool->busy);
             return self.core.pin(root_key, ids.tokens());
           },

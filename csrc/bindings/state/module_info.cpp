@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "csrc/bindings/state_objects.h"
+#include "csrc/bindings/state/state_objects.h"
 #include "csrc/kernels/cpu/select_isa.h"
 
 namespace py = pybind11;

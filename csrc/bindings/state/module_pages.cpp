@@ -1,6 +1,6 @@
 // PagePool and SequenceTable in Python: convert, forward, nothing else.
-#include "csrc/bindings/array_args.h"
-#include "csrc/bindings/state_objects.h"
+#include "csrc/bindings/state/array_args.h"
+#include "csrc/bindings/state/state_objects.h"
 #include "csrc/core/assert.h"
 
 namespace py = pybind11;
