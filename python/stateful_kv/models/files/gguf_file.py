@@ -46,8 +46,8 @@ _MAX_ALIGNMENT = 1 << 20
 _MIN_ENTRY = 8 + 4 + 1
 _MIN_TENSOR = 8 + 4 + 8 + 4 + 8
 _MIN_ARRAY = 4 + 8
-# Ours, some ten times what published models have: as Python objects 100 MB at most, read in a few
-# seconds.
+# Our own limits, several times what published models have. A header within them takes some hundred
+# megabytes as Python objects and is read in a few seconds.
 _MAX_HEADER_BYTES = 1 << 26
 _MAX_ENTRIES = 1 << 15  # metadata keys; nested arrays
 _MAX_TENSORS = 1 << 15

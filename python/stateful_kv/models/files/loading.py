@@ -64,7 +64,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class _Form:
-    """What becomes of the weights: the packed format or "dense", their dtype if dense, where."""
+    """In which form, dtype and place the weights end up; the dtype is that of dense ones."""
 
     weight_format: str
     dtype: torch.dtype
@@ -109,10 +109,10 @@ def load_model(
 
 
 def _form(weight_format: str, device: torch.device, dtype: str) -> _Form:
-    """Puts something definite for "auto"; ValueError for what does not exist."""
+    """Replaces "auto" by what the device takes; ValueError for what it does not have."""
     if weight_format not in WEIGHT_FORMATS:
         raise ValueError(f"weight_format: expected one of {WEIGHT_FORMATS}, got {weight_format!r}")
-    if dtype != "auto" and dtype not in DTYPES:
+    if not isinstance(dtype, str) or (dtype != "auto" and dtype not in DTYPES):
         raise ValueError(f"dtype: expected one of {('auto', *DTYPES)}, got {dtype!r}")
     if device.type == "cpu":
         if dtype not in ("auto", "float32"):
