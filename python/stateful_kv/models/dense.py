@@ -147,7 +147,7 @@ class RowCountTable:
 def multiply(
     x: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor | None = None
 ) -> Tensor:
-    """Returns x @ weight.T + bias by the library: the same call when row counts are probed and in use."""
+    """Returns x @ weight.T + bias by the library; row counts are probed with this same call."""
     if bias is None:
         return torch.mm(x, weight.t(), out=output)
     return torch.addmm(bias, x, weight.t(), out=output)
