@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 class StatefulKVError(Exception):
@@ -65,10 +69,18 @@ class BadLogitsError(StatefulKVError):
         return BadLogitsError(f"row_error: logits for position {position} have the maximum {top}")
 
 
+def shown(value: object) -> str:
+    """A short text for any value, for messages: also for one that is huge, deep or has no repr."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # an integer with more digits than Python writes, for example
+        return f"a value of type {type(value).__name__}"
+
+
 def require(condition: bool, field: str, rule: str, value: object) -> None:
     """Raises ValueError naming `field` unless `condition` holds."""
     if not condition:
-        raise ValueError(f"{field}: {rule}, got {value!r}")
+        raise ValueError(f"{field}: {rule}, got {shown(value)}")
 
 
 def require_int(field: str, value: Any, minimum: int) -> None:
@@ -89,7 +101,7 @@ def require_type(
 ) -> None:
     """Raises InvalidRequestError naming `field` unless `value` is of one of `types`."""
     if not (optional and value is None) and not isinstance(value, types):
-        raise InvalidRequestError(f"{field}: expected {expected}, got {value!r}")
+        raise InvalidRequestError(f"{field}: expected {expected}, got {shown(value)}")
 
 
 class ContextLengthError(StatefulKVError, ValueError):

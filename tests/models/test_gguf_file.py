@@ -78,7 +78,7 @@ def test_metadata(small: Path) -> None:
     file = GGUFFile(small)
     assert file.metadata["general.architecture"] == "llama"
     assert file.metadata["tokenizer.ggml.tokens"] == ["a", "bc", "Ġ日"]
-    assert file.metadata["tokenizer.ggml.scores"] == [0.5, -1.0]
+    assert file.metadata["tokenizer.ggml.scores"].tolist() == [0.5, -1.0]
     assert file.metadata["flag"] is True
     assert file.rows("w").view(np.float32)[1, 0] == 32
 

@@ -75,5 +75,5 @@ def test_limits() -> None:
     assert sum(map(len, most.stop)) == MAX_STOP_CHARACTERS
     with pytest.raises(ValueError, match="stop: expected at most 1024 strings, got 1025"):
         SamplingParams(stop=["x"] * (MAX_STOPS + 1))
-    with pytest.raises(ValueError, match="stop: expected at most 32768 characters .* got 32769"):
+    with pytest.raises(ValueError, match=r"stop: expected at most 32768 characters .* got 32769"):
         SamplingParams(stop="x" * (MAX_STOP_CHARACTERS + 1))

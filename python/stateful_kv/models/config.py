@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from stateful_kv.errors import require, require_int, require_real
 
+# Bases and factors of rotary frequencies: beyond these borders float32 angles overflow.
+_LEAST_FACTOR, _LARGEST_FACTOR = 1e-6, 1e12
+_FACTOR_RULE = "expected 1e-6 <= x <= 1e12"
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -28,9 +32,12 @@ class RopeScaling:
     def __post_init__(self) -> None:
         """Checks every field."""
         require(self.kind in ("llama3", "linear"), "kind", "expected llama3 or linear", self.kind)
-        require(self.factor > 0, "factor", "expected a number > 0", self.factor)
+        require_real("factor", self.factor, _FACTOR_RULE, _LEAST_FACTOR, _LARGEST_FACTOR)
         if self.kind == "llama3":
             borders = (self.low_freq_factor, self.high_freq_factor)
+            for field in ("low_freq_factor", "high_freq_factor"):
+                value = getattr(self, field)
+                require_real(field, value, _FACTOR_RULE, _LEAST_FACTOR, _LARGEST_FACTOR)
             require(
                 0 < borders[0] < borders[1],
                 "high_freq_factor",
@@ -101,7 +108,7 @@ class ModelConfig:
         )
         require(self.head_dim % 2 == 0, "head_dim", "expected an even number", self.head_dim)
         require_real("rms_norm_eps", self.rms_norm_eps, "expected 0 <= x <= 1", 0.0, 1.0)
-        require(self.rope_theta > 0, "rope_theta", "expected > 0", self.rope_theta)
+        require_real("rope_theta", self.rope_theta, _FACTOR_RULE, _LEAST_FACTOR, _LARGEST_FACTOR)
         if self.sliding_window is not None:
             require_int("sliding_window", self.sliding_window, 1)
             good = self.sliding_window < 2**31

@@ -29,7 +29,7 @@ class DenseLinear:
             come first.
         bias: [out] in the dtype of the weight, or None.
         rows: row counts of a product that give a row the same bits.
-        has_silu_mul: the product is a gate and what it opens; the result is half as wide.
+        has_silu_mul: the product holds gate and up; the result, silu(gate) * up, is half as wide.
     """
 
     weight: Tensor
@@ -129,7 +129,8 @@ class RowCountTable:
     def _probe(self, weight: Tensor, bias: Tensor | None) -> RowCounts:
         on_cpu = weight.device.type == "cpu"
         max_rows = self.max_rows or (MAX_CPU_ROWS if on_cpu else MAX_ROWS)
-        # Heads are wide, and few rows want logits: a probe is not to need much memory.
+        # The head has many outputs: with fewer rows its probe needs less memory. It gets few rows
+        # in a step anyway, since few want logits.
         max_rows = min(max_rows, max(REFERENCE, _MAX_OUTPUTS // weight.shape[0]))
         # The library looks at shapes, not at values, so another weight and no bias do.
         out_features, width = weight.shape
@@ -138,14 +139,15 @@ class RowCountTable:
         zeros = None if bias is None else torch.zeros_like(bias)
         with torch.inference_mode():
             return probe(
-                lambda x: multiply(x, other, zeros), [one.to(weight.device) for one in samples]
+                lambda x: multiply(x, other, zeros),
+                [sample.to(weight.device) for sample in samples],
             )
 
 
 def multiply(
     x: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor | None = None
 ) -> Tensor:
-    """Returns x @ weight.T + bias by the library; probed and used, the call is this one."""
+    """Returns x @ weight.T + bias by the library; row counts are probed with this same call."""
     if bias is None:
         return torch.mm(x, weight.t(), out=output)
     return torch.addmm(bias, x, weight.t(), out=output)

@@ -1,4 +1,4 @@
-"""What the engine needs of a model."""
+"""What an engine asks of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row counts at which a library's matrix product gives a row one and the same answer.
+"""Row counts at which a library's matrix product gives a row the same bits.
 
 A library picks its kernel by the shape of the product, so the bits of a row may depend on how many
 rows are computed with it. Here that is measured, once for each weight shape: a product of 64 rows
@@ -48,9 +48,9 @@ class RowCounts:
     def blocks(self, num_rows: int) -> tuple[int, ...]:
         """Row counts of the products that compute `num_rows` rows, in order.
 
-        Only the last one may have more rows than are left for it: these are padding. Of the ways
-        to cover the rows it is a cheap one, a product costing its rows but at least one read of
-        the weight.
+        Only the last product may have more rows than are left: the rest of it is padding. Among
+        the ways to cover the rows a cheap one is chosen; a product costs its rows, but never less
+        than one read of the weight.
         """
         return _blocks(self.allowed, num_rows)
 
@@ -64,7 +64,7 @@ class RowCounts:
 
 def common(counts: Sequence[RowCounts]) -> RowCounts | None:
     """The row counts that all of these allow; None if there are none."""
-    sets = [set(one.allowed) for one in counts]
+    sets = [set(row_counts.allowed) for row_counts in counts]
     allowed = tuple(sorted(set.intersection(*sets))) if sets else ()
     return RowCounts(allowed[-1], allowed) if allowed else None
 
@@ -81,7 +81,7 @@ def probe(product: Callable[[Tensor], Tensor], samples: Sequence[Tensor]) -> Row
     """
     limit = min(sample.shape[0] for sample in samples) // 2
     candidates = [count for count in CANDIDATES if count <= limit]
-    # Where a row's place in a block of 64 matters, no bits of that product can be the answer.
+    # A count at which the bits depend on the row's place in the block cannot be the reference.
     preferred = [c for c in candidates if c >= REFERENCE] + [c for c in candidates[::-1] if c < 64]
     for reference in preferred:
         answers = [_in_blocks(product, sample, reference) for sample in samples]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from stateful_kv.errors import InvalidRequestError
+from stateful_kv.errors import InvalidRequestError, shown
 from stateful_kv.text.decoding import StreamDecoder
 from stateful_kv.types import Message, Messages, TokenArray
 
@@ -66,7 +65,7 @@ def as_messages(message: Messages) -> tuple[Message, ...]:
     else:
         raise InvalidRequestError(
             "message: expected text, a message or a non-empty list of messages, "
-            f"got {reprlib.repr(message)}"
+            f"got {shown(message)}"
         )
     for item in items:
         if not isinstance(item, Mapping):
@@ -133,7 +132,7 @@ def _check_message(message: Message, where: str, render_tool_calls: bool) -> dic
     role, content, calls = copy.get("role"), copy.get("content"), copy.get("tool_calls")
     if role not in ROLES:
         raise InvalidRequestError(
-            f"{where}: role: expected one of {', '.join(ROLES)}, got {reprlib.repr(role)}"
+            f"{where}: role: expected one of {', '.join(ROLES)}, got {shown(role)}"
         )
     if calls and not isinstance(calls, list):
         raise InvalidRequestError(
@@ -149,7 +148,7 @@ def _check_message(message: Message, where: str, render_tool_calls: bool) -> dic
     elif not copy["content"] and not calls and role in _NEVER_EMPTY:
         raise InvalidRequestError(
             f"{where}: content: expected text that is not empty for role {role!r}, "
-            f"got {reprlib.repr(content)}"
+            f"got {shown(content)}"
         )
     return copy
 

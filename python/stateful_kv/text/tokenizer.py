@@ -8,33 +8,27 @@ like one are replaced by placeholders before the template sees them, and tokenis
 
 from __future__ import annotations
 
-import codecs
-import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from stateful_kv.errors import InvalidRequestError, ModelLoadError
+from stateful_kv.text.decoding import TokenBytes, Utf8StreamDecoder
+from stateful_kv.text.messages import check_messages, check_tools, put_tools_in_system_prompt
 from stateful_kv.text.template import ChatTemplate
-
-TokenIds = NDArray[np.int32]
-Message = Mapping[str, Any]
-
-ROLES = ("system", "user", "assistant", "tool")
-# A system prompt may be empty to replace a default one, and a tool may have nothing to say.
-_NEVER_EMPTY = ("user", "assistant")
+from stateful_kv.types import Message, TokenArray
 
 # Private-use characters: borders of a placeholder, and the reply of the made-up conversation.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _SENTINEL = "\ue002reply\ue002"
 _PLACEHOLDER = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
-_MAX_NESTING = 64
-_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+# Ids are int32, and every special token makes the search for them in a text longer.
+_MAX_VOCAB = 1 << 31
+_MAX_SPECIALS = 1 << 15
 
 
 class ChatTokenizer:
@@ -59,7 +53,7 @@ class ChatTokenizer:
             eos_token_ids: tokens that end a reply.
 
         Raises:
-            ModelLoadError: a decoder this class does not know.
+            ModelLoadError: a decoder this class does not know, or too many tokens.
         """
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -67,18 +61,23 @@ class ChatTokenizer:
         self._template = template
         # Guards the tokenizer's one mutable switch, `encode_special_tokens`.
         self._lock = threading.Lock()
-        specials = {i: t for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+        added = tokenizer.get_added_tokens_decoder().items()
+        specials = {i: token for i, token in added if token.special and token.content}
+        if len(specials) > _MAX_SPECIALS:
+            raise ModelLoadError(f"tokenizer: more than {_MAX_SPECIALS} special tokens")
         self.special_ids = frozenset(specials)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self.vocab_size > _MAX_VOCAB:
+            raise ModelLoadError(f"tokenizer: token ids up to {self.vocab_size - 1} are no int32")
         self.supports_tools = template is not None and template.mentions_tools
-        self._token_bytes = _ByteTable(tokenizer)
+        self._token_bytes = TokenBytes(tokenizer, self.vocab_size)
         contents = sorted((t.content for t in specials.values()), key=len, reverse=True)
         self._special_ids_by_content = {t.content: i for i, t in specials.items()}
         self._special_pattern = _alternatives(contents)
         self._mask_pattern = _alternatives([*contents, _OPEN, _CLOSE])
 
-    def encode(self, text: str, allow_special: bool = False) -> TokenIds:
+    def encode(self, text: str, allow_special: bool = False) -> TokenArray:
         """Tokenises text as it stands; no token is added around it.
 
         Args:
@@ -100,16 +99,17 @@ class ChatTokenizer:
             token_ids: any ids; those without a token give no text.
             skip_special: leave special tokens out.
         """
-        stream = StreamDecoder(self._token_bytes, self.special_ids if skip_special else frozenset())
+        skipped = self.special_ids if skip_special else frozenset()
+        stream = Utf8StreamDecoder(self._token_bytes, skipped)
         return "".join([*(stream.push(int(i)) for i in token_ids), stream.flush()])
 
-    def stream_decoder(self) -> StreamDecoder:
+    def stream_decoder(self) -> Utf8StreamDecoder:
         """Returns a decoder whose pieces, joined, are `decode` of all tokens pushed."""
-        return StreamDecoder(self._token_bytes, self.special_ids)
+        return Utf8StreamDecoder(self._token_bytes, self.special_ids)
 
     def render_start(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> TokenIds:
+        self, messages: Sequence[Message], tools: Sequence[Message] | None = None
+    ) -> TokenArray:
         """Returns the tokens of a whole first prompt, up to the opening of the reply.
 
         Args:
@@ -120,18 +120,16 @@ class ChatTokenizer:
             InvalidRequestError: malformed messages, no template, or the template refused them.
         """
         template, checked = self._prepare(messages)
-        if tools:
-            if not template.mentions_tools:
-                checked, tools = _tools_in_system_prompt(checked, tools), None
-        else:
-            tools = None
+        listed = check_tools(tools)
+        if listed and not template.mentions_tools:
+            checked, listed = put_tools_in_system_prompt(checked, listed), []
         mask = _Mask(self._mask_pattern)
-        text = template.render(mask.apply(checked), mask.apply(tools))
+        text = template.render(mask.apply(checked), mask.apply(listed) or None)
         return self._tokenise(text, mask)
 
     def render_delta(
         self, messages: Sequence[Message], last_token_id: int | None = None
-    ) -> TokenIds:
+    ) -> TokenArray:
         """Returns the tokens that follow a reply: its closing, new messages, the next opening.
 
         The new messages are rendered behind a made-up two-message conversation, and what
@@ -163,9 +161,9 @@ class ChatTokenizer:
         if self._template is None:
             raise InvalidRequestError("messages: this model has no chat template")
         calls = self._template.mentions_tool_calls
-        return self._template, _check_messages(messages, render_tool_calls=not calls)
+        return self._template, check_messages(messages, render_tool_calls=not calls)
 
-    def _tokenise(self, text: str, mask: _Mask) -> TokenIds:
+    def _tokenise(self, text: str, mask: _Mask) -> TokenArray:
         """Tokenises rendered text; what the mask hid comes back as plain text."""
         if not mask.hidden:
             return np.array(self._encode(text, True), dtype=np.int32)
@@ -197,76 +195,9 @@ class ChatTokenizer:
             with self._lock:
                 self._tokenizer.encode_special_tokens = not parse_special
                 return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        except (UnicodeError, TypeError) as error:
+        except Exception as error:
+            # Lone surrogates; and `tokenizers` raises plain Exception for text it cannot do.
             raise InvalidRequestError(f"text: cannot be tokenised: {error}") from error
-
-
-class StreamDecoder:
-    """Turns tokens into text one by one and never emits half a character."""
-
-    def __init__(self, token_bytes: _ByteTable, skipped_ids: frozenset[int]) -> None:
-        """Starts an empty text."""
-        self._token_bytes = token_bytes
-        self._skipped_ids = skipped_ids
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip_next = token_bytes.strips_first_space
-
-    def push(self, token_id: int) -> str:
-        """Returns the text that became certain with this token, maybe none."""
-        if token_id in self._skipped_ids:
-            return ""
-        piece = self._token_bytes(token_id)
-        if self._strip_next and piece:
-            self._strip_next = False
-            piece = piece.removeprefix(b" ")
-        return self._utf8.decode(piece)
-
-    def flush(self) -> str:
-        """Ends the text; an unfinished character becomes U+FFFD."""
-        return self._utf8.decode(b"", True)
-
-
-class _ByteTable:
-    """Bytes of each token, looked up once per token.
-
-    Attributes:
-        strips_first_space: the text of a reply loses one leading space (SentencePiece).
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, bytes] = {}
-        self._added = set(tokenizer.get_added_tokens_decoder())
-        state = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b"{}"
-        decoder = json.loads(state)
-        steps = decoder.get("decoders", [decoder]) or [{}]
-        kinds = {step.get("type") for step in steps}
-        self._to_bytes: Callable[[str], bytes]
-        self.strips_first_space = False
-        if "ByteLevel" in kinds:
-            self._to_bytes = _byte_level_bytes
-        elif kinds & {"Metaspace", "ByteFallback"}:
-            self._to_bytes = _sentence_piece_bytes
-            self.strips_first_space = any(
-                step.get("prepend_scheme", "never") != "never" or step.get("start", 0) > 0
-                for step in steps
-            )
-        else:
-            names = ", ".join(sorted(str(kind) for kind in kinds))
-            raise ModelLoadError(f"tokenizer: decoder {names} is not supported")
-
-    def __call__(self, token_id: int) -> bytes:
-        piece = self._known.get(token_id)
-        if piece is None:
-            token = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
-            if token is None:
-                piece = b""
-            elif token_id in self._added:
-                piece = token.encode()
-            else:
-                piece = self._to_bytes(token)
-            self._known[token_id] = piece
-        return piece
 
 
 class _Mask:
@@ -280,24 +211,26 @@ class _Mask:
         self._pattern = pattern
         self.hidden: list[str] = []
 
-    def apply(self, value: Any, nesting: int = 0) -> Any:
-        """Returns a copy of JSON-like data with all its strings masked."""
+    def apply(self, value: Any) -> Any:
+        """Returns a copy of checked JSON-like data with all its strings masked."""
         if isinstance(value, str):
             return self._pattern.sub(self._hide, value)
-        if value is None or isinstance(value, (bool, int, float)):
-            return value
-        if nesting == _MAX_NESTING:
-            raise InvalidRequestError(f"messages: nested deeper than {_MAX_NESTING}")
-        if isinstance(value, Mapping):
-            items = value.items()
-            return {self.apply(str(k)): self.apply(v, nesting + 1) for k, v in items}
-        if isinstance(value, (list, tuple)):
-            return [self.apply(item, nesting + 1) for item in value]
-        raise InvalidRequestError(f"messages: expected JSON-like data, got {type(value).__name__}")
+        if isinstance(value, dict):
+            return {self.apply(key): self.apply(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.apply(item) for item in value]
+        return value
 
     def restore(self, text: str) -> str:
-        """Returns the text with what was hidden."""
-        return _PLACEHOLDER.sub(lambda match: self.hidden[int(match[1])], text)
+        """Returns the text with what was hidden; InvalidRequestError for a foreign placeholder."""
+        return _PLACEHOLDER.sub(self._show, text)
+
+    def _show(self, match: re.Match[str]) -> str:
+        # A template can write such characters itself, or change the digits between ours.
+        digits, largest = match[1], str(len(self.hidden) - 1)
+        if len(digits) > len(largest) or int(digits) >= len(self.hidden):
+            raise InvalidRequestError("messages: the chat template changed text it should keep")
+        return self.hidden[int(digits)]
 
     def _hide(self, match: re.Match[str]) -> str:
         self.hidden.append(match.group())
@@ -307,87 +240,3 @@ class _Mask:
 def _alternatives(strings: Sequence[str]) -> re.Pattern[str]:
     """Matches any of the strings, the longest first; nothing if there is none."""
     return re.compile("|".join(map(re.escape, strings)) or r"(?!)")
-
-
-def _check_messages(messages: Sequence[Message], render_tool_calls: bool) -> list[dict[str, Any]]:
-    """Returns copies with string contents; InvalidRequestError names what is malformed."""
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise InvalidRequestError("messages: expected a non-empty list of messages")
-    checked = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise InvalidRequestError(f"{where}: expected a dict, got {type(message).__name__}")
-        role = message.get("role")
-        if role not in ROLES:
-            raise InvalidRequestError(
-                f"{where}: role: expected one of {', '.join(ROLES)}, got {role!r}"
-            )
-        copy = dict(message)
-        copy["content"] = _content_text(message.get("content"), where)
-        if message.get("tool_calls") and render_tool_calls:
-            lines = [copy["content"]] if copy["content"] else []
-            copy["content"] = "\n".join([*lines, *_json_lines(message["tool_calls"])])
-        elif "content" not in message and not message.get("tool_calls"):
-            raise InvalidRequestError(f"{where}: content: missing")
-        elif not copy["content"] and not message.get("tool_calls") and role in _NEVER_EMPTY:
-            raise InvalidRequestError(
-                f"{where}: content: expected text that is not empty for role {role!r}, "
-                f"got {message['content']!r}"
-            )
-        checked.append(copy)
-    return checked
-
-
-def _content_text(content: Any, where: str) -> str:
-    """A string, None, or a list of text parts -> a string."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, (list, tuple)):
-        texts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-            return "".join(str(text) for text in texts)
-    raise InvalidRequestError(f"{where}: content: expected a string or a list of text parts")
-
-
-def _tools_in_system_prompt(
-    messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Appends tool descriptions to the system message, which is made if there is none."""
-    listing = "\n".join(["Available tools:", *_json_lines(tools)])
-    if messages[0]["role"] == "system":
-        joined = "\n\n".join(text for text in (messages[0]["content"], listing) if text)
-        return [{**messages[0], "content": joined}, *messages[1:]]
-    return [{"role": "system", "content": listing}, *messages]
-
-
-def _json_lines(items: Any) -> list[str]:
-    try:
-        return [json.dumps(item, ensure_ascii=False) for item in items]
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"tools: expected JSON-like data: {error}") from error
-
-
-def _byte_level_characters() -> dict[str, int]:
-    """The character that stands for each byte in byte-level vocabularies, inverted."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _byte_level_characters()
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    try:
-        return bytes([_BYTE_OF_CHARACTER[character] for character in token])
-    except KeyError:
-        return token.encode()
-
-
-def _sentence_piece_bytes(token: str) -> bytes:
-    match = _BYTE_TOKEN.fullmatch(token)
-    return bytes([int(match[1], 16)]) if match else token.replace("\u2581", " ").encode()

@@ -55,10 +55,10 @@ class DenseBuilder:
         pieces = (self._source.dense(name, (width, in_features)) for name, width in parts)
         weight = self._join(names, (out_features, in_features), pieces)
         bias = None
-        if any(one is not None for one in biases):
+        if any(part_bias is not None for part_bias in biases):
             filled = (
-                torch.zeros(width) if one is None else one
-                for (_, width), one in zip(parts, biases, strict=True)
+                torch.zeros(width) if part_bias is None else part_bias
+                for (_, width), part_bias in zip(parts, biases, strict=True)
             )
             bias = self._join([f"{name}.bias" for name in names], (out_features,), filled)
         return self._rows.linear(weight, bias, has_silu_mul=has_silu_mul)
@@ -75,7 +75,7 @@ class DenseBuilder:
     def _join(
         self, names: Sequence[str], shape: tuple[int, ...], pieces: Iterator[Tensor]
     ) -> Tensor:
-        """One tensor on the device of pieces that are read and copied one at a time."""
+        """Joins pieces in one tensor on the device; each is read, converted and copied alone."""
         result = torch.empty(shape, dtype=self._dtype, device=self._device)
         start = 0
         for name, piece in zip(names, pieces, strict=True):

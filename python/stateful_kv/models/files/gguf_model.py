@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from stateful_kv.errors import ModelLoadError
+from stateful_kv.errors import ModelLoadError, shown
 from stateful_kv.models.config import ModelConfig, RopeScaling
 from stateful_kv.models.files import gguf_blocks
+from stateful_kv.models.files.fields import Fields
 from stateful_kv.models.files.gguf_blocks import Blocks
 from stateful_kv.models.files.gguf_file import GGUFFile, GGUFTensor
 from stateful_kv.models.files.weights import pack_float, require_finite, require_shape
@@ -47,8 +47,14 @@ def read_config(file: GGUFFile) -> ModelConfig:
     Raises:
         ModelLoadError: a missing or impossible value, or an architecture that is not supported.
     """
-    fields = _Fields(file)
-    architecture = fields.architecture
+    where = str(file.path)
+    architecture = Fields(file.metadata, where).text("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise ModelLoadError(
+            f"{where}: architecture {shown(architecture)} is not supported "
+            f"({', '.join(_ARCHITECTURES)} are)"
+        )
+    fields = Fields(file.metadata, where, f"{architecture}.")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelLoadError(f"{file.path}: tensor 'token_embd.weight' is missing")
@@ -143,49 +149,14 @@ class GGUFSource:
             raise ModelLoadError(f"{where}: {error}") from error
 
 
-class _Fields:
-    """Typed access to the metadata below the architecture's name."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self._file = file
-        architecture = file.metadata.get("general.architecture")
-        if architecture not in _ARCHITECTURES:
-            raise ModelLoadError(
-                f"{file.path}: architecture {architecture!r} is not supported "
-                f"({', '.join(_ARCHITECTURES)} are)"
-            )
-        self.architecture = str(architecture)
-
-    def get(self, key: str) -> Any:
-        return self._file.metadata.get(f"{self.architecture}.{key}")
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.unsupported(key, "an integer")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.unsupported(key, "a number")
-        return float(value)
-
-    def unsupported(self, key: str, want: str) -> ModelLoadError:
-        where = f"{self._file.path}: {self.architecture}.{key}"
-        return ModelLoadError(f"{where}: expected {want}, got {self.get(key)!r}")
-
-
 def _any_layer_has(file: GGUFFile, names: tuple[str, ...]) -> bool:
     """True if a layer has one of them; GGUF metadata does not say it."""
     return any(name.split(".", 2)[-1] in names for name in file.tensors)
 
 
-def _rope_scaling(fields: _Fields) -> RopeScaling | None:
+def _rope_scaling(fields: Fields) -> RopeScaling | None:
     """Linear scaling; the Llama 3 rule comes as a tensor of factors instead."""
-    kind = fields.get("rope.scaling.type")
+    kind = fields.text("rope.scaling.type")
     if kind is None or kind == "none":
         return None
     if kind != "linear":

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from stateful_kv.errors import ModelLoadError
+from stateful_kv.errors import ModelLoadError, shown
+from stateful_kv.models.files.fields import Fields
 from stateful_kv.models.files.gguf_file import GGUFFile
 from stateful_kv.text.template import ChatTemplate
 from stateful_kv.text.tokenizer import ChatTokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "\u2581"
+# Some four times what published models have.
+_MAX_TOKENS = 1 << 20
+_MAX_PIECE, _MAX_PIECES = 512, 1 << 23
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -54,21 +59,24 @@ class _Reader:
 
     def __init__(self, file: GGUFFile) -> None:
         self._file = file
-        self._tokens = self._list("tokens", str)
+        self._fields = Fields(file.metadata, str(file.path), "tokenizer.ggml.")
+        self._tokens = self._strings("tokens")
         if not self._tokens:
             raise self._failure("tokenizer.ggml.tokens: missing")
-        self._types = self._list("token_type", int) or [_NORMAL] * len(self._tokens)
+        if len(self._tokens) > _MAX_TOKENS:
+            raise self._failure(f"tokenizer.ggml.tokens: more than {_MAX_TOKENS}")
+        self._types = self._numbers("token_type", "iu") or [_NORMAL] * len(self._tokens)
         if len(self._types) != len(self._tokens):
             raise self._failure("tokenizer.ggml.token_type: not one per token")
 
     def build(self) -> ChatTokenizer:
-        kind = self._get("model")
+        kind = self._fields.text("model")
         if kind == "gpt2":
             tokenizer = self._byte_level()
         elif kind == "llama":
             tokenizer = self._sentence_piece()
         else:
-            raise self._failure(f"tokenizer.ggml.model: {kind!r} is not supported")
+            raise self._failure(f"tokenizer.ggml.model: {shown(kind)} is not supported")
         added = [
             AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
             for token, kind in zip(self._tokens, self._types, strict=True)
@@ -76,25 +84,23 @@ class _Reader:
         ]
         tokenizer.add_special_tokens([token for token in added if token.special])
         tokenizer.add_tokens([token for token in added if not token.special])
-        source = self._file.metadata.get("tokenizer.chat_template")
+        source = Fields(self._file.metadata, str(self._file.path)).text("tokenizer.chat_template")
         template = None
         if source is not None:
-            if not isinstance(source, str):
-                raise self._failure("tokenizer.chat_template: not a string")
             bos, eos = self._token("bos_token_id"), self._token("eos_token_id")
             template = ChatTemplate(source, bos, eos)
         return ChatTokenizer(tokenizer, template, self._end_ids())
 
     def _byte_level(self) -> Tokenizer:
-        pre = self._get("pre") or "default"
+        pre = self._fields.text("pre") or "default"
         rule = _PRE_TOKENIZERS.get(pre)
         if rule is None:
             known = ", ".join(_PRE_TOKENIZERS)
-            raise self._failure(f"tokenizer.ggml.pre: {pre!r} is not supported ({known} are)")
+            raise self._failure(f"tokenizer.ggml.pre: {shown(pre)} is not supported ({known} are)")
         tokenizer = Tokenizer(
             BPE(self._vocab(), self._merges(), fuse_unk=False, ignore_merges=rule == _LLAMA3)
         )
-        spaced = bool(self._get("add_space_prefix"))
+        spaced = self._fields.flag("add_space_prefix")
         steps: list[Any] = []
         if rule == _SMOLLM:
             steps.append(pre_tokenizers.Digits(individual_digits=True))
@@ -110,9 +116,15 @@ class _Reader:
         return tokenizer
 
     def _sentence_piece(self) -> Tokenizer:
-        scores = self._list("scores", float)
+        scores = self._numbers("scores", "f")
         if len(scores) != len(self._tokens):
             raise self._failure("tokenizer.ggml.scores: not one per token")
+        # Below, every place where a token can be cut is tried.
+        if max(map(len, self._tokens)) > _MAX_PIECE or sum(map(len, self._tokens)) > _MAX_PIECES:
+            raise self._failure(
+                f"tokenizer.ggml.tokens: expected at most {_MAX_PIECE} characters in a token and "
+                f"{_MAX_PIECES} in all"
+            )
         unknown = [t for t, kind in zip(self._tokens, self._types, strict=True) if kind == _UNKNOWN]
         tokenizer = Tokenizer(
             BPE(
@@ -129,7 +141,8 @@ class _Reader:
             decoders.ByteFallback(),
             decoders.Fuse(),
         ]
-        if self._get("add_space_prefix") is False:
+        is_missing = self._fields.get("add_space_prefix") is None
+        if not (is_missing or self._fields.flag("add_space_prefix")):
             tokenizer.normalizer = replace
         else:
             tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace])
@@ -142,7 +155,7 @@ class _Reader:
         return {token: i for i, token in reversed(list(enumerate(self._tokens)))}
 
     def _merges(self) -> list[tuple[str, str]]:
-        merges = [tuple(line.split(" ")) for line in self._list("merges", str)]
+        merges = [tuple(line.split(" ")) for line in self._strings("merges")]
         if any(len(pair) != 2 for pair in merges):
             raise self._failure("tokenizer.ggml.merges: expected two tokens each")
         return [(left, right) for left, right in merges]
@@ -179,27 +192,34 @@ class _Reader:
         return {i for i in ids if i is not None}
 
     def _id(self, key: str) -> int | None:
-        value = self._get(key)
-        if value is None:
+        if self._fields.get(key) is None:
             return None
-        if not isinstance(value, int) or not 0 <= value < len(self._tokens):
-            raise self._failure(f"tokenizer.ggml.{key}: {value!r} is no token")
+        value = self._fields.integer(key)
+        if not 0 <= value < len(self._tokens):
+            raise self._failure(f"tokenizer.ggml.{key}: {value} is no token")
         return value
 
     def _token(self, key: str) -> str:
         index = self._id(key)
         return "" if index is None else self._tokens[index]
 
-    def _list(self, key: str, kind: type) -> list[Any]:
-        values = self._get(key)
+    def _strings(self, key: str) -> list[str]:
+        values = self._fields.get(key)
         if values is None:
             return []
-        if not isinstance(values, list) or any(type(value) is not kind for value in values):
-            raise self._failure(f"tokenizer.ggml.{key}: expected a list of {kind.__name__}")
+        if not isinstance(values, list) or any(type(value) is not str for value in values):
+            raise self._fields.unsupported(key, "a list of text")
         return values
 
-    def _get(self, key: str) -> Any:
-        return self._file.metadata.get(f"tokenizer.ggml.{key}")
+    def _numbers(self, key: str, kinds: str) -> list[Any]:
+        """Values of an array whose dtype is of one of these kinds (letters of numpy)."""
+        values = self._fields.get(key)
+        if values is None:
+            return []
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
+            raise self._fields.unsupported(key, "an array of numbers")
+        numbers: list[Any] = values.tolist()
+        return numbers
 
     def _failure(self, reason: str) -> ModelLoadError:
         return ModelLoadError(f"{self._file.path}: {reason}")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from stateful_kv.errors import ModelLoadError
+from stateful_kv.errors import ModelLoadError, shown
 from stateful_kv.models.config import ModelConfig, RopeScaling
+from stateful_kv.models.files.fields import Fields
 from stateful_kv.models.files.weights import pack_float, require_finite, require_shape
 from stateful_kv.models.packing import PackedWeight
 from stateful_kv.text.template import ChatTemplate
@@ -48,19 +50,18 @@ def read_config(folder: Path) -> ModelConfig:
         ModelLoadError: a missing or impossible value, or a model that is not supported.
     """
     path = folder / "config.json"
-    raw = _read_object(path)
-    kind = raw.get("model_type")
+    fields = Fields(_read_object(path), str(path))
+    kind = fields.text("model_type")
     if kind not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
-        raise ModelLoadError(f"{path}: model_type {kind!r} is not supported ({known} are)")
-    if raw.get("quantization_config") is not None:
+        raise ModelLoadError(f"{path}: model_type {shown(kind)} is not supported ({known} are)")
+    if fields.get("quantization_config") is not None:
         raise ModelLoadError(f"{path}: quantization_config is not supported; use GGUF")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ModelLoadError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported")
-    fields = _Fields(raw, path)
+    if fields.get("hidden_act") not in (None, "silu"):
+        raise fields.unsupported("hidden_act", "'silu'")
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    theta, scaling = _rope(fields)
     try:
+        theta, scaling = _rope(fields)
         return ModelConfig(
             vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden,
@@ -73,8 +74,8 @@ def read_config(folder: Path) -> ModelConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             max_position=fields.integer("max_position_embeddings", 2048),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=kind == "qwen2" or bool(raw.get("attention_bias", False)),
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
+            attention_bias=fields.flag("attention_bias") or kind == "qwen2",
             qk_norm=kind == "qwen3",
             sliding_window=_sliding_window(fields, kind),
             architecture=kind,
@@ -91,20 +92,16 @@ def read_tokenizer(folder: Path) -> ChatTokenizer:
     """
     path = folder / "tokenizer.json"
     text = _read_text(path)
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:
-        # `tokenizers` raises plain Exception for text it refuses.
-        raise ModelLoadError(f"{path}: {error}") from error
-    settings = _read_object(folder / "tokenizer_config.json", missing_ok=True)
+    config = folder / "tokenizer_config.json"
+    settings = Fields(_read_object(config, missing_ok=True), str(config))
     source = _template_source(folder, settings)
-    template = None
-    if source is not None:
-        bos, eos = (_token_text(settings.get(key)) for key in ("bos_token", "eos_token"))
-        template = ChatTemplate(source, bos, eos)
+    bos, eos = (_token_text(settings, key) for key in ("bos_token", "eos_token"))
     ends = _end_ids(folder)
-    eos_id = tokenizer.token_to_id(_token_text(settings.get("eos_token")))
-    return ChatTokenizer(tokenizer, template, ends if eos_id is None else ends | {eos_id})
+    with _library_errors(path):
+        tokenizer = Tokenizer.from_str(text)
+        template = None if source is None else ChatTemplate(source, bos, eos)
+        eos_id = tokenizer.token_to_id(eos)
+        return ChatTokenizer(tokenizer, template, ends if eos_id is None else ends | {eos_id})
 
 
 class HFSource:
@@ -120,11 +117,9 @@ class HFSource:
         self._shard_of: dict[str, Any] = {}
         self.files = _shard_files(folder)
         for path in self.files:
-            try:
+            with _library_errors(path):
                 shard = safe_open(path, framework="pt")
                 names = _tensor_names(shard)
-            except (SafetensorError, OSError, ValueError) as error:
-                raise ModelLoadError(f"{path}: {error}") from error
             for name in names:
                 if name in self._shard_of:
                     raise ModelLoadError(f"{path}: tensor {name!r} is in two shards")
@@ -141,11 +136,9 @@ class HFSource:
         shard = self._shard_of.get(file_name)
         if shard is None:
             raise ModelLoadError(f"{where}: tensor {file_name!r} is missing")
-        try:
+        with _library_errors(f"{where}: tensor {file_name!r}"):
             require_shape(file_name, where, tuple(shard.get_slice(file_name).get_shape()), shape)
             tensor: Tensor = shard.get_tensor(file_name)
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise ModelLoadError(f"{where}: tensor {file_name!r}: {error}") from error
         if tensor.dtype not in _FLOAT_DTYPES:
             raise ModelLoadError(
                 f"{where}: tensor {file_name!r}: expected float32, float16 or bfloat16, "
@@ -161,118 +154,120 @@ class HFSource:
         return pack_float(self.dense(name, shape), weight_format)
 
 
-class _Fields:
-    """Typed access to config.json."""
-
-    def __init__(self, raw: dict[str, Any], path: Path) -> None:
-        self.raw = raw
-        self.path = path
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ModelLoadError(f"{self.path}: {key}: expected an integer, got {value!r}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        return _number(self.raw, key, default, self.path)
-
-
-def _number(raw: dict[str, Any], key: str, default: float | None, path: Path) -> float:
-    value = raw.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ModelLoadError(f"{path}: {key}: expected a number, got {value!r}")
-    return float(value)
-
-
-def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
+def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from the old (rope_theta, rope_scaling) or new (rope_parameters) keys."""
-    path = fields.path
-    rules = fields.raw.get("rope_parameters") or fields.raw.get("rope_scaling") or {}
-    if not isinstance(rules, dict):
-        raise ModelLoadError(f"{path}: rope_scaling: expected an object, got {rules!r}")
-    theta = _number(rules, "rope_theta", fields.number("rope_theta", 10000.0), path)
-    if rules.get("partial_rotary_factor", fields.raw.get("partial_rotary_factor")) not in (None, 1):
-        raise ModelLoadError(f"{path}: partial_rotary_factor is not supported")
-    kind = rules.get("rope_type", rules.get("type", "default"))
-    try:
-        if kind == "default":
-            return theta, None
-        if kind == "linear":
-            return theta, RopeScaling("linear", _number(rules, "factor", None, path))
-        if kind == "llama3":
-            original = rules.get("original_max_position_embeddings")
-            return theta, RopeScaling(
-                "llama3",
-                _number(rules, "factor", None, path),
-                _number(rules, "low_freq_factor", None, path),
-                _number(rules, "high_freq_factor", None, path),
-                original if original is not None else fields.integer("max_position_embeddings"),
-            )
-    except ValueError as error:
-        raise ModelLoadError(f"{path}: rope_scaling: {error}") from error
-    raise ModelLoadError(f"{path}: rope type {kind!r} is not supported (default, linear, llama3)")
+    rules = fields.child("rope_parameters") or fields.child("rope_scaling")
+    theta = fields.number("rope_theta", 10000.0)
+    if fields.get("partial_rotary_factor") not in (None, 1):
+        raise fields.unsupported("partial_rotary_factor", "1")
+    if rules is None:
+        return theta, None
+    if rules.get("partial_rotary_factor") not in (None, 1):
+        raise rules.unsupported("partial_rotary_factor", "1")
+    theta = rules.number("rope_theta", theta)
+    kind = rules.text("rope_type") or rules.text("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", rules.number("factor"))
+    if kind != "llama3":
+        raise ModelLoadError(
+            f"{rules.where}: rope type {shown(kind)} is not supported (default, linear, llama3)"
+        )
+    original = rules.integer("original_max_position_embeddings", 0)
+    return theta, RopeScaling(
+        "llama3",
+        rules.number("factor"),
+        rules.number("low_freq_factor"),
+        rules.number("high_freq_factor"),
+        original if original else fields.integer("max_position_embeddings"),
+    )
 
 
-def _sliding_window(fields: _Fields, kind: str) -> int | None:
+def _sliding_window(fields: Fields, kind: str) -> int | None:
     """The window if all layers have it; a mix of layers is refused."""
-    if kind in ("qwen2", "qwen3") and not fields.raw.get("use_sliding_window", False):
+    if kind in ("qwen2", "qwen3") and not fields.flag("use_sliding_window"):
         return None
     window = fields.integer("sliding_window", 0)
-    types = fields.raw.get("layer_types") or []
+    types = fields.get("layer_types") or []
+    if not isinstance(types, list) or not all(isinstance(name, str) for name in types):
+        raise fields.unsupported("layer_types", "a list of names")
     if kind in ("qwen2", "qwen3") and not types and fields.integer("max_window_layers", 0) > 0:
         types = ["full_attention", "sliding_attention"]
     if window and len(set(types)) > 1:
-        raise ModelLoadError(f"{fields.path}: layers with different windows are not supported")
+        raise ModelLoadError(f"{fields.where}: layers with different windows are not supported")
     return window if window and set(types) != {"full_attention"} else None
 
 
-def _template_source(folder: Path, settings: dict[str, Any]) -> str | None:
+def _template_source(folder: Path, settings: Fields) -> str | None:
     """Template text: a file of its own, or the (default) entry of tokenizer_config.json."""
     path = folder / "chat_template.jinja"
-    if path.exists():
+    if _exists(path):
         return _read_text(path)
     source = settings.get("chat_template")
-    if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source}
-        source = named.get("default")
-    if source is not None and not isinstance(source, str):
-        raise ModelLoadError(f"{folder}: chat_template: expected text")
-    return source
+    if not isinstance(source, list):
+        return settings.text("chat_template")
+    for entry in source:
+        if not isinstance(entry, dict):
+            raise settings.unsupported("chat_template", "text or a list of named templates")
+        if entry.get("name") == "default":
+            return Fields(entry, settings.where).text("template")
+    return None
 
 
 def _end_ids(folder: Path) -> set[int]:
     """End-of-reply ids of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):
-        value = _read_object(folder / name, missing_ok=True).get("eos_token_id")
-        values: Iterable[Any] = value if isinstance(value, list) else [value]
-        ids = {i for i in values if isinstance(i, int) and not isinstance(i, bool) and i >= 0}
-        if ids:
-            return ids
+        path = folder / name
+        fields = Fields(_read_object(path, missing_ok=True), str(path))
+        value = fields.get("eos_token_id")
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in values):
+            raise fields.unsupported("eos_token_id", "a token id or a list of token ids")
+        if values:
+            return set(values)
     return set()
 
 
-def _token_text(value: Any) -> str:
+def _token_text(settings: Fields, key: str) -> str:
     """A special token is text, or an object with its text as content."""
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else ""
+    value = settings.get(key)
+    if isinstance(value, dict):
+        value = Fields(value, f"{settings.where}: {key}").text("content")
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise settings.unsupported(key, "text or an object with text as content")
+    return value
 
 
 def _shard_files(folder: Path) -> list[Path]:
     """Safetensors files of the folder, all of them plain names inside it."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    if single.exists():
+    if _exists(single):
         return [_regular(single)]
     weight_map = _read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelLoadError(f"{index}: weight_map is missing")
+        raise ModelLoadError(f"{index}: weight_map: expected an object that is not empty")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-            raise ModelLoadError(f"{index}: {name!r} is not a file name of this folder")
+            raise ModelLoadError(f"{index}: {shown(name)} is not a file name of this folder")
     return [_regular(folder / name) for name in sorted(set(weight_map.values()))]
+
+
+@contextmanager
+def _library_errors(where: object) -> Iterator[None]:
+    """What libraries raise for a file they refuse becomes a ModelLoadError.
+
+    `tokenizers` raises plain Exception, `safetensors` also what torch says to its tensors.
+    """
+    try:
+        yield
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(f"{where}: {error}") from error
 
 
 def _tensor_names(shard: Any) -> list[str]:
@@ -291,6 +286,13 @@ def _regular(path: Path) -> Path:
     return path
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a folder that may not be searched, for example
+        raise ModelLoadError(f"{path}: cannot be read: {error}") from error
+
+
 def _read_text(path: Path) -> str:
     if _regular(path).stat().st_size > _MAX_JSON_BYTES:
         raise ModelLoadError(f"{path}: larger than {_MAX_JSON_BYTES} bytes")
@@ -302,7 +304,7 @@ def _read_text(path: Path) -> str:
 
 def _read_object(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     """Reads a JSON object."""
-    if missing_ok and not path.exists():
+    if missing_ok and not _exists(path):
         return {}
     try:
         value = json.loads(_read_text(path))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from stateful_kv._native import check_device
-from stateful_kv.errors import ModelLoadError, ModelNotFoundError
+from stateful_kv.errors import ModelLoadError, ModelNotFoundError, shown
 from stateful_kv.models.config import ModelConfig
 from stateful_kv.models.files import gguf_model, gguf_tokenizer, hf_folder
 from stateful_kv.models.files.dense_weights import (
@@ -64,7 +64,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class _Form:
-    """What becomes of the weights: the packed format or "dense", their dtype if dense, where."""
+    """In which form, dtype and place the weights end up; the dtype is that of dense ones."""
 
     weight_format: str
     dtype: torch.dtype
@@ -109,10 +109,10 @@ def load_model(
 
 
 def _form(weight_format: str, device: torch.device, dtype: str) -> _Form:
-    """Puts something definite for "auto"; ValueError for what does not exist."""
+    """Replaces "auto" by what the device takes; ValueError for what it does not have."""
     if weight_format not in WEIGHT_FORMATS:
         raise ValueError(f"weight_format: expected one of {WEIGHT_FORMATS}, got {weight_format!r}")
-    if dtype != "auto" and dtype not in DTYPES:
+    if not isinstance(dtype, str) or (dtype != "auto" and dtype not in DTYPES):
         raise ValueError(f"dtype: expected one of {('auto', *DTYPES)}, got {dtype!r}")
     if device.type == "cpu":
         if dtype not in ("auto", "float32"):
@@ -135,16 +135,17 @@ def resolve(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if name == DEFAULT_MODEL:
         return _default_file()
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         if name and path.exists():
             return path
-    except (OSError, ValueError):
-        pass
+    except (OSError, ValueError, RuntimeError):
+        pass  # no name that the system takes, or the home of a user who is not there
     if _HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
         return _fetch(name)
     raise ModelNotFoundError(
-        f"model {name!r}: no such file or folder, and the only built-in name is {DEFAULT_MODEL!r}"
+        f"model {shown(name)}: no such file or folder, and the only built-in name is "
+        f"{DEFAULT_MODEL!r}"
     )
 
 
@@ -207,9 +208,17 @@ def _assemble(
             f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, "
             f"the model only {config.vocab_size}"
         )
+    if max(tokenizer.eos_token_ids, default=0) >= config.vocab_size:
+        raise ModelLoadError(
+            f"{name}: eos_token_id: expected ids below {config.vocab_size}, "
+            f"got {max(tokenizer.eos_token_ids)}"
+        )
     digest = hashlib.blake2b(form.name.encode(), digest_size=16)
-    for piece in pieces:
-        digest.update(piece)
+    try:
+        for piece in pieces:
+            digest.update(piece)
+    except OSError as error:
+        raise ModelLoadError(f"{name}: cannot be read: {error}") from error
     builder: WeightBuilder
     if form.weight_format == "dense":
         check_kernels(config, form.device, name)
@@ -219,8 +228,9 @@ def _assemble(
         builder = PackedBuilder(source, form.weight_format)
     try:
         weights = build_weights(source, config, builder)
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        # The system or the device does not give the memory, or not the rest of a file.
+    except (OSError, MemoryError, RuntimeError) as error:
+        # The system or the device does not give the memory (torch then raises RuntimeError), or
+        # not the rest of a file.
         raise ModelLoadError(f"{name}: its weights cannot be loaded: {error}") from error
     return LoadedModel(LlamaModel(config, weights), tokenizer, config, name, digest.hexdigest())
 

@@ -251,7 +251,7 @@ def _dense_iff(
     """Reads float32[width] if the config wants it; ModelLoadError if file and config disagree."""
     if wanted:
         return source.dense(name, (width,))
-    # Left out, it would change every logit without a word.
+    # Ignoring the tensor would change every logit, and nobody would be told.
     if source.has(name):
         raise ModelLoadError(f"tensor {name!r} is there, but the config says {flag} = false")
     return None
