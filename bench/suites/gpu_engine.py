@@ -16,8 +16,8 @@ import numpy as np
 from bench.harness import Check, Settings, Trial, Work
 from stateful_kv.engine.config import EngineConfig
 from stateful_kv.engine.engine import Engine
-from stateful_kv.host import Tokenizer
 from stateful_kv.models.llama import LlamaModel
+from stateful_kv.text.messages import Tokenizer
 from stateful_kv.types import TokenArray
 
 MESSAGE = "Go on."

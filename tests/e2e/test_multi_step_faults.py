@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from stateful_kv.engine.loop.device_loop import DeviceLoop
+from stateful_kv.engine.multi_step import MultiStep
 from stateful_kv.errors import StatefulKVError
 from stateful_kv.kv.cache import KVCache
 from stateful_kv.text.stopping import StopRules

@@ -155,7 +155,7 @@ class Owner:
         self._inbox.put(_Posted(operation, None))
 
     def catch_up(self) -> None:
-        """Runs what was left for the owner, if the calling thread can: before state is looked at."""
+        """Runs what was left for the owner, if the calling thread can do that now."""
         is_free = self._thread is None and self._inside == 0
         if is_free and self._home == get_ident() and not self._inbox.empty():
             self.run(lambda: None)
