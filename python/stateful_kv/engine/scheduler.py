@@ -5,9 +5,8 @@ Everything that changes a session happens in an operation of `Owner`, one at a t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import TypeVar
 
 from stateful_kv.engine.config import EngineConfig
@@ -20,6 +19,7 @@ from stateful_kv.models.protocol import Model
 from stateful_kv.session.state import SessionState
 from stateful_kv.session.turn import Basis, Turn, TurnRequest, current_caller
 from stateful_kv.system.tracing import traced
+from stateful_kv.system.waiting import Result
 
 T = TypeVar("T")
 
@@ -64,17 +64,21 @@ class Scheduler:
         """Runs an operation when its turn comes; returns or raises what it does."""
         return self.owner.perform(operation)
 
-    def submit(self, operation: Callable[[], T]) -> Future[T]:
+    def submit(self, operation: Callable[[], T]) -> Result[T]:
         """Hands an operation to the engine's thread, which is started if need be."""
         self.owner.start()
         return self.owner.submit(operation)
 
     def post(self, operation: Callable[[], object]) -> None:
-        """Leaves an operation to be run soon and returns at once; safe in destructors."""
+        """Leaves an operation to be run soon and returns at once."""
         self.owner.post(operation)
 
+    def watch(self, user: object, subject: Turn | SessionState) -> None:
+        """Ends a turn or a session soon after the last reference to its user is gone."""
+        self.owner.watch(user, subject)
+
     def catch_up(self) -> None:
-        """Runs what was posted, if the calling thread can: before state is looked at."""
+        """Ends what was dropped, if the calling thread can: before state is looked at."""
         self.owner.catch_up()
 
     def conduct(self, openers: Sequence[Callable[[], Turn]]) -> list[Turn | Exception]:
@@ -103,13 +107,14 @@ class Scheduler:
             self._num_conducting -= is_counted
         return opened
 
-    def wait_for_news(self, news: threading.Event) -> None:
-        """Returns when there may be something new of a turn, whose listener sets `news`."""
+    def wait_for_news(self, news: SimpleQueue[None]) -> None:
+        """Returns when there may be something new of a turn, whose listener puts it into `news`."""
         if self.owner.is_inline():
             self.owner.run(self.step)
         else:
-            news.wait()
-        news.clear()
+            news.get()
+        while not news.empty():
+            news.get()
 
     def running_turn(self, state: SessionState) -> Turn | None:
         """The turn that makes a session busy."""
@@ -121,6 +126,7 @@ class Scheduler:
         Raises:
             SessionBusyError: that would never be: the caller itself has the stream of a turn.
         """
+        self.catch_up()
         if not state.is_busy:
             return
         turn = self.running_turn(state)
@@ -130,7 +136,7 @@ class Scheduler:
                 "or close it"
             )
         if turn is not None:
-            turn.settled.result()
+            turn.settled.wait()
 
     # ---- operations ----
 
@@ -162,9 +168,18 @@ class Scheduler:
         self.require_open()
         self.sessions.append(state)
 
-    def forget(self, state: SessionState) -> None:
-        """Forgets a closed session."""
+    def close_session(self, state: SessionState) -> bool:
+        """Closes a session and an open stream of it; False if another turn has to end first."""
+        if state.is_busy:
+            turn = self.running_turn(state)
+            if turn is None or not turn.has_reader:
+                return False
+            turn.cancel()
+        state.store(with_partial_page=True)
+        state.drop_kv()
         self.sessions = [other for other in self.sessions if other is not state]
+        state.is_closed = True
+        return True
 
     @traced("step")
     def step(self) -> bool:
@@ -232,20 +247,39 @@ class Scheduler:
         """Whether a step would compute something."""
         return any(not turn.is_finished for turn in self.turns)
 
+    @property
+    def is_untidy(self) -> bool:
+        """Whether a turn is open that nobody waits for."""
+        if self._num_conducting or self.owner.is_threaded:
+            return False
+        return any(not turn.has_reader for turn in self.turns)
+
     def tidy(self) -> None:
         """Ends turns that nobody waits for, which only an interrupt of their caller leaves."""
-        if self.turns and self._num_conducting == 0 and not self.owner.is_threaded:
+        if self.is_untidy:
             for turn in self.turns:
                 if not turn.has_reader:
                     turn.fail(KeyboardInterrupt())
             self._prune()
 
+    def abandon(self, subject: object) -> None:
+        """Ends a turn whose stream was dropped, or a session that was."""
+        if isinstance(subject, Turn):
+            subject.cancel()
+            self._prune()
+        elif isinstance(subject, SessionState) and not subject.is_closed:
+            turn = self.running_turn(subject)
+            if turn is not None:
+                turn.cancel()
+            self.close_session(subject)
+
     def recover(self, error: BaseException | None) -> None:
         """Makes the state whole after an operation that was cut off."""
         error = KeyboardInterrupt() if error is None else error
         for turn in self.turns:
-            # A turn that is settled, but for the last word, is left as it is.
-            if turn.is_accepting or turn.error is not None or not turn.has_reader:
+            if turn.is_settled:
+                turn.announce()  # perhaps it was cut off in the middle of that
+            elif turn.is_accepting or turn.error is not None or not turn.has_reader:
                 turn.fail(error)
         for state in self.sessions:
             state.repair()
@@ -265,7 +299,7 @@ class Scheduler:
             if self.owner.is_inline():
                 self.owner.run(self.step)
             else:
-                turn.settled.result()
+                turn.settled.wait()
 
     def _give_up(self, turn: Turn, error: BaseException) -> None:
         """The turn never happened: its caller was interrupted."""

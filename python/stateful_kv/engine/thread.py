@@ -10,6 +10,9 @@ after a call, when a loop jumps back, at the start of a function; never between 
 and the `try` behind it. So flags are set right before `try` and cleared first thing in `finally`,
 and a `with` on a lock is safe. What an interrupt leaves half done is made whole by `recover`, at
 once or, if that is interrupted too, before the next operation.
+
+An interrupt in a destructor or in a callback of Python's is lost, and with it what was to be done.
+So nothing hangs on those: that an object was dropped is noticed by C code, see `Owner.watch`.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import get_ident
 from typing import Any, Protocol, TypeVar
 
 from stateful_kv.errors import SessionBusyError
+from stateful_kv.system.waiting import Milestone, Result
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -55,6 +59,15 @@ class Worker(Protocol):
         """Ends what nobody waits for any more; called before every operation."""
         ...
 
+    @property
+    def is_untidy(self) -> bool:
+        """Whether `tidy` would change anything."""
+        ...
+
+    def abandon(self, subject: object) -> None:
+        """Ends what belonged to an object that is gone; see `Owner.watch`. May be repeated."""
+        ...
+
     def fail_all(self, error: Exception) -> None:
         """Ends all running turns: a step cannot be taken."""
         ...
@@ -63,26 +76,33 @@ class Worker(Protocol):
 class _Posted:
     """An operation on its way to the owner, and the result on its way back."""
 
-    def __init__(self, operation: Callable[[], Any], future: Future[Any] | None) -> None:
+    def __init__(self, operation: Callable[[], Any], result: Result[Any] | None) -> None:
         self._operation = operation
-        self._future = future
+        self._result = result
 
     def run(self) -> None:
         """Runs the operation; an exception goes to who waits for it."""
         try:
-            result = self._operation()
+            value = self._operation()
         except Exception as error:
-            if self._future is None:
+            if self._result is None:
                 _log.exception("an operation that nobody waits for failed")
             else:
-                self._future.set_exception(error)
+                self._result.fail(error)
         except BaseException as error:
-            if self._future is not None:
-                self._future.set_exception(error)
+            if self._result is not None:
+                self._result.fail(error)
             raise
         else:
-            if self._future is not None:
-                self._future.set_result(result)
+            if self._result is not None:
+                self._result.put(value)
+
+
+class _Watch(weakref.ref[object]):
+    """Knows what is to be ended once nobody has an object any more."""
+
+    __slots__ = ("subject",)
+    subject: object
 
 
 class Owner:
@@ -91,7 +111,8 @@ class Owner:
     def __init__(self, worker: Worker) -> None:
         """Begins without a thread."""
         self._worker_ref = weakref.ref(worker)  # it owns this: a cycle would keep the pools
-        self._inbox: SimpleQueue[_Posted | None] = SimpleQueue()
+        self._inbox: SimpleQueue[_Posted | _Watch | None] = SimpleQueue()
+        self._watches: dict[int, _Watch] = {}
         self._start_lock = threading.Lock()
         self._lock = threading.Lock()
         self._inside = 0  # the thread that runs an operation
@@ -126,46 +147,74 @@ class Owner:
 
     def start(self) -> None:
         """Gives the engine a thread of its own; does nothing if it has one."""
-        with self._start_lock:
-            if self._thread is not None:
-                return
-            thread = threading.Thread(
-                target=_serve,
-                args=(weakref.ref(self), self._inbox),
-                name="stateful-kv engine",
-                daemon=True,
-            )
-            thread.start()
-            self._thread = thread
+        if self._thread is not None:
+            return
+        is_up = Milestone()
+        threading.Thread(
+            target=_serve,
+            args=(weakref.ref(self), self._inbox, is_up),
+            name="stateful-kv engine",
+            daemon=True,
+        ).start()
+        is_up.wait()
         self.post(lambda: None)  # streams that are open go on
+
+    def _take_over(self) -> bool:
+        """Makes the calling thread the engine's; False if there is one.
+
+        The new thread itself says so: whoever starts it may be interrupted at any time.
+        """
+        with self._start_lock:
+            if self._thread is None:
+                self._thread = threading.current_thread()
+            return self._thread is threading.current_thread()
 
     def stop(self) -> None:
         """Ends the engine's thread, if it has one, after the operation that it is in."""
-        thread, self._thread = self._thread, None
-        if thread is not None and thread is not threading.current_thread():
+        with self._start_lock:
+            thread = self._thread
+            if thread is None:
+                return
+            # An interrupt comes after both: an operation is handed over either before or to none.
+            self._thread = None
             self._inbox.put(None)
+        if thread is not threading.current_thread():
             thread.join()
 
     def post(self, operation: Callable[[], Any]) -> None:
         """Leaves an operation for the owner and returns at once.
 
-        For destructors, which may run anywhere, also in the middle of an operation: without a
-        thread it is run when the next operation begins.
+        Without a thread it is run when the next operation begins.
         """
         self._inbox.put(_Posted(operation, None))
+
+    def watch(self, user: object, subject: object) -> None:
+        """Has the worker abandon `subject` soon after the last reference to `user` is gone.
+
+        The reference that notices it is put into the inbox by C code, which may run anywhere,
+        also in the middle of an operation, and cannot be interrupted.
+        """
+        watch = _Watch(user, self._inbox.put)
+        watch.subject = subject
+        self._watches[id(watch)] = watch
 
     def catch_up(self) -> None:
         """Runs what was left for the owner, if the calling thread can do that now."""
         is_free = self._thread is None and self._inside == 0
-        if is_free and self._home == get_ident() and not self._inbox.empty():
-            self.run(lambda: None)
+        if is_free and self._home in (0, get_ident()):
+            if self._is_dirty or self._worker.is_untidy or not self._inbox.empty():
+                self.run(lambda: None)
 
-    def submit(self, operation: Callable[[], T]) -> Future[T]:
-        """Hands an operation to the engine's thread."""
-        future: Future[T] = Future()
-        future.set_running_or_notify_cancel()  # it runs, whoever gives up waiting
-        self._inbox.put(_Posted(operation, future))
-        return future
+    def submit(self, operation: Callable[[], T]) -> Result[T]:
+        """Hands an operation to the engine's thread; it is run, whoever gives up waiting."""
+        result: Result[T] = Result()
+        posted = _Posted(operation, result)
+        while True:
+            with self._start_lock:  # a thread that is being stopped takes no more
+                if self._thread is not None:
+                    self._inbox.put(posted)
+                    return result
+            self.start()
 
     def perform(self, operation: Callable[[], T]) -> T:
         """Runs an operation when its turn comes; returns or raises what it does.
@@ -175,7 +224,7 @@ class Owner:
         """
         if self._inside == get_ident():
             raise SessionBusyError("the engine is in the middle of a step, which called it again")
-        return self.run(operation) if self.is_inline() else self.submit(operation).result()
+        return self.run(operation) if self.is_inline() else self.submit(operation).get()
 
     def run(self, operation: Callable[[], T]) -> T:
         """Runs an operation in the calling thread, which must be the one that does the work."""
@@ -185,7 +234,7 @@ class Owner:
             self._inside = get_ident()
             try:
                 if self._is_dirty:
-                    self._worker.recover(None)
+                    self._recover(None)
                 self._is_dirty = True
                 self._run_posted()
                 self._worker.tidy()
@@ -196,11 +245,18 @@ class Owner:
                 self._is_dirty = False
                 raise
             except BaseException as error:
-                self._worker.recover(error)
+                self._recover(error)
                 self._is_dirty = False
                 raise
             finally:
                 self._inside = 0
+
+    def _recover(self, error: BaseException | None) -> None:
+        """Makes the state whole; what was dropped and perhaps not ended yet is left again."""
+        self._worker.recover(error)
+        for watch in tuple(self._watches.values()):
+            if watch() is None:
+                self._inbox.put(watch)
 
     def _run_posted(self) -> None:
         """Runs what was left for the owner; the engine's thread takes its operations one by one."""
@@ -210,15 +266,25 @@ class Owner:
             except Empty:
                 return
             if posted is not None:
-                posted.run()
+                self._run_one(posted)
 
-    def _serve(self, posted: _Posted) -> None:
+    def _run_one(self, posted: _Posted | _Watch) -> None:
+        if isinstance(posted, _Posted):
+            posted.run()
+            return
+        try:
+            self._worker.abandon(posted.subject)
+        except Exception:
+            _log.exception("what was dropped could not be ended")
+        self._watches.pop(id(posted), None)
+
+    def _serve(self, posted: _Posted | _Watch) -> None:
         """The engine's thread: runs an operation, then steps as long as there is work."""
-        next_posted: _Posted | None = posted
+        next_posted: _Posted | _Watch | None = posted
         while True:
             try:
                 if next_posted is not None:
-                    self.run(next_posted.run)
+                    self.run(partial(self._run_one, next_posted))
                 elif self._worker.has_work and self._thread is not None:
                     self.run(self._worker.step)
                 else:
@@ -243,9 +309,17 @@ class Owner:
         self._inside, self._home, self._thread = 0, 0, None
 
 
-def _serve(owner: weakref.ref[Owner], inbox: SimpleQueue[_Posted | None]) -> None:
+def _serve(
+    owner: weakref.ref[Owner],
+    inbox: SimpleQueue[_Posted | _Watch | None],
+    is_up: Milestone,
+) -> None:
     """What the engine's thread runs; while it waits, it does not keep the engine alive."""
-    while True:
+    alive = owner()
+    has_work = alive is not None and alive._take_over()
+    del alive
+    is_up.reach()
+    while has_work:
         posted = inbox.get()
         alive = owner()
         worker = None if alive is None else alive._worker_ref()

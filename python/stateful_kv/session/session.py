@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from stateful_kv.session.state import SessionState
 from stateful_kv.session.stream import AsyncTurnStream, TurnStream
 from stateful_kv.session.turn import Basis, Turn, TurnRequest
 from stateful_kv.system.tracing import traced
+from stateful_kv.system.waiting import awakener
 from stateful_kv.text.messages import Tokenizer, as_messages
 from stateful_kv.text.stopping import StopRules
 from stateful_kv.types import Message, Messages, TokenArray
@@ -44,8 +46,6 @@ class Session:
     caller itself has open raises SessionBusyError instead.
     """
 
-    _is_made = False  # so that one whose making was interrupted can be dropped
-
     def __init__(
         self,
         host: Host,
@@ -63,8 +63,7 @@ class Session:
         self._system = system
         self._tools = tools
         self._sampling = sampling
-        self._last_reply: Reply | None = None
-        self._is_made = True
+        host.watch(self, state)
 
     def __repr__(self) -> str:
         return f"<Session {self.name!r}: {self.num_turns} turns, {self.num_tokens} tokens>"
@@ -74,10 +73,6 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if self._is_made and not self._state.is_closed:
-            self._host.post(self._close_dropped)
 
     @property
     def name(self) -> str:
@@ -123,7 +118,7 @@ class Session:
     @property
     def last_reply(self) -> Reply | None:
         """The reply of the last turn; None if that failed, was interrupted or still runs."""
-        return self._last_reply
+        return self._settled_state().last_reply
 
     @traced("turn")
     def turn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
@@ -152,15 +147,16 @@ class Session:
         the tokens whose text was read stay in the session, the others never happened; if none
         was read, neither message nor reply stay.
         """
-        news = threading.Event()
-        open_turn = self._opener(message, max_tokens, sampling, listener=news.set)
-        return TurnStream(self._host, open_turn(), news, self._keep_reply)
+        news: SimpleQueue[None] = SimpleQueue()
+        listener = partial(news.put, None)
+        open_turn = self._opener(message, max_tokens, sampling, listener)
+        return TurnStream(self._host, open_turn(), news)
 
     async def aturn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
         """Like `turn`, for asyncio. Cancelled, it ends the turn within one step: it never was."""
         turn = await self._open_async(message, max_tokens, sampling, None)
         try:
-            await asyncio.shield(asyncio.wrap_future(turn.settled))
+            await turn.settled.wait_async()
         except BaseException as error:
             cut_off = error
             self._host.post(lambda: turn.fail(cut_off))
@@ -176,14 +172,8 @@ class Session:
         never was. `aclose` ends it early like `TurnStream.close`.
         """
         news = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def listener() -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(news.set)
-
-        turn = await self._open_async(message, max_tokens, sampling, listener)
-        return AsyncTurnStream(self._host, turn, news, self._keep_reply)
+        turn = await self._open_async(message, max_tokens, sampling, awakener(news))
+        return AsyncTurnStream(self._host, turn, news)
 
     def fork(self, name: str | None = None) -> Session:
         """Returns an independent session with the same past; shares KV, copies none."""
@@ -221,8 +211,9 @@ class Session:
 
         A stream that is open ends as if it were closed; a `turn` of another thread ends first.
         """
-        while not self._state.is_closed and not self._host.perform(self._close):
-            self._host.wait_until_idle(self._state)
+        state = self._state
+        while not state.is_closed and not self._host.perform(self._close):
+            self._host.wait_until_idle(state)
 
     def _settled_state(self) -> SessionState:
         """The state, after streams that were dropped have ended."""
@@ -264,7 +255,7 @@ class Session:
             if other is not None and other.request.caller == asyncio.current_task():
                 self._host.wait_until_idle(self._state)  # raises
             if other is not None:
-                await asyncio.shield(asyncio.wrap_future(other.settled))
+                await other.settled.wait_async()
             request = self._make_request(message, max_tokens, sampling, listener)
             turn = await self._submit_async(request)
             if turn is not None:
@@ -274,12 +265,12 @@ class Session:
     async def _submit_async(self, request: TurnRequest) -> Turn | None:
         opened = self._host.submit(lambda: self._host.open(request))
         try:
-            return await asyncio.shield(asyncio.wrap_future(opened))
+            return await opened.get_async()
         except BaseException as error:
             failure = error
 
             def give_up() -> None:
-                turn = None if opened.exception() else opened.result()
+                turn = None if opened.error is not None else opened.get()
                 if turn is not None:
                     turn.fail(failure)
 
@@ -329,41 +320,19 @@ class Session:
 
     def _close(self) -> bool:
         """An operation; False if another thread's turn has to end first."""
-        state = self._state
-        if state.is_busy:
-            turn = self._host.running_turn(state)
-            if turn is None or not turn.has_reader:
-                return False
-            turn.cancel()
-        state.store(with_partial_page=True)
-        state.drop_kv()
-        self._host.forget(state)
-        state.is_closed = True
-        return True
-
-    def _close_dropped(self) -> None:
-        """An operation: nobody has the session any more, nor a stream of it."""
-        turn = self._host.running_turn(self._state)
-        if turn is not None:
-            turn.cancel()
-        if not self._state.is_closed:
-            self._close()
+        return self._state.is_closed or self._host.close_session(self._state)
 
     def _require_host(self, host: Host) -> None:
         """Raises InvalidRequestError unless the session belongs to `host`."""
         if self._host is not host:
             raise InvalidRequestError(f"session {self.name!r}: it belongs to another engine")
 
-    def _keep_reply(self, reply: Reply | None) -> None:
-        self._last_reply = reply
-
     def _collect(self, opened: Turn | Exception) -> Reply:
-        """Returns the reply of a settled turn and keeps it as last_reply, or raises its error."""
-        self._last_reply = None
+        """Returns the reply of a settled turn, or raises its error."""
         if isinstance(opened, Exception):
+            self._state.last_reply = None
             raise opened
-        self._last_reply = opened.result()
-        return self._last_reply
+        return opened.result()
 
     def _make_request(
         self,

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from queue import SimpleQueue
 
 from stateful_kv.session.host import Host
-from stateful_kv.session.receipts import Reply
 from stateful_kv.session.turn import Turn
-
-KeepReply = Callable[[Reply | None], None]
 
 
 class TurnStream(Iterator[str]):
     """Iterator over the text of a running turn; see `Session.stream`."""
 
-    _turn: Turn | None = None  # so that one whose making was interrupted can be dropped
-
-    def __init__(
-        self, host: Host, turn: Turn, news: threading.Event, keep_reply: KeepReply
-    ) -> None:
+    def __init__(self, host: Host, turn: Turn, news: SimpleQueue[None]) -> None:
         """Not for users."""
         self._host = host
         self._news = news
-        self._keep_reply = keep_reply
         self._is_over = False
         self._turn = turn
+        host.watch(self, turn)
         turn.has_reader = True
-        keep_reply(None)
 
     @property
     def error(self) -> BaseException | None:
         """Why the turn failed; None if it did not."""
-        return None if self._turn is None else self._turn.error
+        return self._turn.error
 
     def __next__(self) -> str:
         turn = self._turn
-        if turn is None or self._is_over:
+        if self._is_over:
             raise StopIteration
         try:
             while True:
@@ -54,7 +46,6 @@ class TurnStream(Iterator[str]):
             self._host.perform(lambda: turn.fail(failure))
             raise
         self._is_over = True
-        self._keep_reply(turn.reply)
         turn.result()  # raises if the turn failed
         raise StopIteration
 
@@ -68,12 +59,6 @@ class TurnStream(Iterator[str]):
             if kind is None:  # else the error that leaves the block is the one to see
                 raise
 
-    def __del__(self) -> None:
-        turn = self._turn
-        if turn is not None and not turn.is_settled:
-            turn.has_reader = False
-            self._host.post(turn.cancel)
-
     def close(self) -> None:
         """Ends the turn early if it still runs. Idempotent.
 
@@ -81,12 +66,11 @@ class TurnStream(Iterator[str]):
             Exception: the one that the turn failed with, if the iterator has not raised it.
         """
         turn = self._turn
-        if turn is None or self._is_over:
+        if self._is_over:
             return
         if not turn.is_settled:
             self._host.perform(turn.cancel)
         self._is_over = True
-        self._keep_reply(turn.reply)
         if turn.error is not None:
             turn.result()
 
@@ -94,14 +78,13 @@ class TurnStream(Iterator[str]):
 class AsyncTurnStream(AsyncIterator[str]):
     """The same for asyncio; see `Session.astream`."""
 
-    def __init__(self, host: Host, turn: Turn, news: asyncio.Event, keep_reply: KeepReply) -> None:
+    def __init__(self, host: Host, turn: Turn, news: asyncio.Event) -> None:
         """Not for users."""
         self._host = host
         self._turn = turn
         self._news = news
-        self._keep_reply = keep_reply
         self._is_over = False
-        keep_reply(None)
+        host.watch(self, turn)
 
     @property
     def error(self) -> BaseException | None:
@@ -122,14 +105,12 @@ class AsyncTurnStream(AsyncIterator[str]):
                     break
                 await self._news.wait()
             if not turn.is_settled:
-                closed = self._host.submit(turn.close_books)
-                await asyncio.shield(asyncio.wrap_future(closed))
+                await self._host.submit(turn.close_books).get_async()
         except BaseException as error:
             failure = error
             self._host.post(lambda: turn.fail(failure))
             raise
         self._is_over = True
-        self._keep_reply(turn.reply)
         turn.result()  # raises if the turn failed
         raise StopAsyncIteration
 
@@ -143,19 +124,13 @@ class AsyncTurnStream(AsyncIterator[str]):
             if kind is None:  # else the error that leaves the block is the one to see
                 raise
 
-    def __del__(self) -> None:
-        if not self._turn.is_settled:
-            self._turn.has_reader = False
-            self._host.post(self._turn.cancel)
-
     async def aclose(self) -> None:
         """Ends the turn early if it still runs; see `TurnStream.close`."""
         turn = self._turn
         if self._is_over:
             return
         if not turn.is_settled:
-            await asyncio.shield(asyncio.wrap_future(self._host.submit(turn.cancel)))
+            await self._host.submit(turn.cancel).get_async()
         self._is_over = True
-        self._keep_reply(turn.reply)
         if turn.error is not None:
             turn.result()

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from stateful_kv.choosing.sampler import Sampler
@@ -23,6 +22,7 @@ from stateful_kv.session.receipts import (
 )
 from stateful_kv.session.state import SessionState
 from stateful_kv.system.tracing import traced
+from stateful_kv.system.waiting import Milestone
 from stateful_kv.text.stopping import StopRules
 from stateful_kv.types import TokenArray
 
@@ -157,7 +157,7 @@ class Turn:
         reader: the part of the text that is to be read.
         is_accepting: tokens are being added; a turn that is interrupted meanwhile must fail.
         is_settled: there is a reply or an error, and the session is free.
-        settled: has a result from then on, for who waits in another thread.
+        settled: that it is, for who waits in another thread.
     """
 
     request: TurnRequest
@@ -175,7 +175,7 @@ class Turn:
     waits_for: tuple[Turn, int] | None = None
     reply: Reply | None = None
     error: BaseException | None = None
-    settled: Future[None] = field(default_factory=Future)
+    settled: Milestone = field(default_factory=Milestone)
 
     @staticmethod
     def of(request: TurnRequest) -> Turn:
@@ -192,6 +192,7 @@ class Turn:
     def begin(self) -> None:
         """Makes the session busy and appends the message; the turn is known to the engine."""
         self.state.is_busy = True
+        self.state.last_reply = None
         self.state.ledger.append(self.request.delta)
 
     @property
@@ -344,6 +345,11 @@ class Turn:
             raise InvariantError(f"session {self.state.name!r}: the turn is not finished")
         return self.reply
 
+    def announce(self) -> None:
+        """Tells who waits that the turn is settled; may be repeated."""
+        self.settled.reach()
+        self.notify()
+
     def notify(self) -> None:
         """Tells who waits that something may have changed."""
         if self.request.listener is not None:
@@ -361,13 +367,11 @@ class Turn:
 
     def _settle(self, reply: Reply | None) -> None:
         state = self.request.state
-        # Nothing can come between these three: there is no call among them.
-        self.reply = reply
+        # Nothing can come between these four: there is no call among them.
+        self.reply = state.last_reply = reply
         state.is_busy = False
         self.is_settled = True
-        if not self.settled.done():
-            self.settled.set_result(None)
-        self.notify()
+        self.announce()
 
     def _show(self, text: str) -> None:
         if text:
