@@ -10,6 +10,7 @@ import torch
 
 from stateful_kv.engine.loop.state import LoopShape, LoopState, MirroredInts
 from stateful_kv.engine.loop.token_store import StoredTokens, TokenStore
+from stateful_kv.session.ledger import Ledger
 
 CPU = torch.device("cpu")
 
@@ -69,12 +70,18 @@ class TestTokenStore:
                 assert 0 <= row.slot < store.num_slots
                 contents[row.slot], row.length = row, random.randint(1, 4)
 
-    def test_truncate(self) -> None:
-        row = StoredTokens(3, 10)
-        row.truncate(12)
-        assert (row.slot, row.length) == (3, 10)
-        row.truncate(4)
-        assert (row.slot, row.length) == (3, 4)
+    def test_what_still_belongs_to_the_ledger(self) -> None:
+        ledger = Ledger(range(10))
+        store = TokenStore(64, CPU)
+        row = store.row_of(ledger)
+        assert row is store.row_of(ledger)
+        row.length, row.chosen = 10, np.array([10, 11, 12, 13], dtype=np.int32)
+        ledger.append([10, 11, 99, 100])  # the reply ended behind 11, a message follows
+        assert store.row_of(ledger).length == 12
+        ledger.truncate(11)
+        ledger.append([50, 51])
+        assert store.row_of(ledger).length == 0, "what was dropped may be there still"
+        assert store.row_of(ledger.copy()) is not row
 
 
 class TestMirroredInts:

@@ -18,25 +18,27 @@ from tests.e2e.tiny import END, FIRST_BYTE, CountingUp, Provenance, Scripted
 
 
 class TestWhoWaits:
-    def test_a_stream_gets_its_tokens_one_step_at_a_time(self, make_engine: MakeEngine) -> None:
-        engine = make_engine(CountingUp(), num_steps_per_sync=8)
-        streaming, other = engine.session(), engine.session()
-        stream = streaming.stream("x", max_tokens=30)
-        assert len(next(stream)) == 1
-        assert other.turn("y", max_tokens=12).finish_reason == "length"
-        assert multi_step(engine).num_syncs == 0
-        stream.close()
-        assert streaming.last_reply is not None
-        assert streaming.last_reply.finish_reason == "cancelled"
-        other.turn("y", max_tokens=12)
-        assert multi_step(engine).num_syncs > 0
-        expected = make_engine(CountingUp()).session()
-        expected.turn("y", max_tokens=12)
-        expected.turn("y", max_tokens=12)
-        assert other.token_ids == expected.token_ids
+    def test_a_stream_takes_part(self, make_engine: MakeEngine) -> None:
+        """When its text is shown and what a reader keeps does not depend on the steps taken."""
+        outcomes = []
+        for steps in (1, 8):
+            engine = make_engine(CountingUp(), num_steps_per_sync=steps)
+            streaming, other = engine.session(), engine.session()
+            stream = streaming.stream("x", max_tokens=30)
+            assert len(next(stream)) == 1
+            assert other.turn("y", max_tokens=12).finish_reason == "length"
+            assert (multi_step(engine).num_syncs > 0) is (steps > 1)
+            shown = [next(stream) for _ in range(4)]
+            stream.close()
+            assert streaming.last_reply is not None
+            assert streaming.last_reply.finish_reason == "cancelled"
+            assert len(streaming.last_reply.token_ids) == 5
+            whole = "".join(streaming.stream("z", max_tokens=9))
+            outcomes.append((shown, whole, streaming.token_ids, other.token_ids))
+        assert outcomes[0] == outcomes[1]
 
-    def test_a_prompt_is_not_kept_waiting(self, make_engine: MakeEngine) -> None:
-        """While one turn still computes its prompt the others take single steps."""
+    def test_a_prompt_does_not_switch_it_off(self, make_engine: MakeEngine) -> None:
+        """Between two steps that compute a part of a prompt the others take several at once."""
         engine = make_engine(CountingUp(), num_steps_per_sync=8, max_batch_tokens=16)
         short, long = engine.session(), engine.session()
         seen: list[tuple[int, int]] = []
@@ -48,9 +50,16 @@ class TestWhoWaits:
             return run(sequences, max_draft, num_steps)
 
         loop.run = watched  # type: ignore[method-assign]
-        engine.gather([(short, "s"), (long, "m" * 200)], max_tokens=40)
-        # At 15 prompt rows a step the short reply has some tokens before both can loop.
-        assert seen == [(2, 8), (2, 8), (2, 8), (2, 8), (1, 7)]
+        replies = engine.gather([(short, "s"), (long, "m" * 200)], max_tokens=40)
+        # 203 tokens of a prompt at 15 rows a step; the short reply does not wait for them.
+        num_alone = len([rows for rows, _ in seen if rows == 1])
+        assert seen[:4] == [(1, 8)] * 4
+        assert num_alone >= 4
+        plain = make_engine(CountingUp(), max_batch_tokens=16)
+        expected = plain.gather(
+            [(plain.session(), "s"), (plain.session(), "m" * 200)], max_tokens=40
+        )
+        assert [r.token_ids for r in replies] == [r.token_ids for r in expected]
 
     @pytest.mark.parametrize(
         "sampling",

@@ -33,7 +33,7 @@ from stateful_kv.system import tracing
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import CountingUp
 
-PHASES = ["plan", "reserve", "build_batch", "forward", "verify", "commit", "end_row"]
+PHASES = ["plan", "reserve", "build_batch", "forward", "verify", "commit", "end_steps"]
 OPTIONS = ReplayOptions(max_tokens=24, ignore_eos=True)
 WORKFLOW = parse_workflow(
     {

@@ -123,6 +123,7 @@ class Session:
     @property
     def last_reply(self) -> Reply | None:
         """The reply of the last turn; None if that failed, was interrupted or still runs."""
+        self._host.catch_up()
         return self._last_reply
 
     @traced("turn")

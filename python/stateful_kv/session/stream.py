@@ -16,7 +16,9 @@ KeepReply = Callable[[Reply | None], None]
 class TurnStream(Iterator[str]):
     """Iterator over the text of a running turn; see `Session.stream`."""
 
-    _turn: Turn | None = None  # so that one whose making was interrupted can be dropped
+    # So that one whose making was interrupted can be dropped.
+    _turn: Turn | None = None
+    _keep_reply: KeepReply
 
     def __init__(
         self, host: Host, turn: Turn, news: threading.Event, keep_reply: KeepReply
@@ -69,10 +71,10 @@ class TurnStream(Iterator[str]):
                 raise
 
     def __del__(self) -> None:
-        turn = self._turn
+        turn, keep_reply = self._turn, self._keep_reply
         if turn is not None and not turn.is_settled:
             turn.has_reader = False
-            self._host.post(turn.cancel)
+            self._host.post(lambda: _end_dropped(turn, keep_reply))
 
     def close(self) -> None:
         """Ends the turn early if it still runs. Idempotent.
@@ -144,9 +146,10 @@ class AsyncTurnStream(AsyncIterator[str]):
                 raise
 
     def __del__(self) -> None:
-        if not self._turn.is_settled:
-            self._turn.has_reader = False
-            self._host.post(self._turn.cancel)
+        turn, keep_reply = self._turn, self._keep_reply
+        if not turn.is_settled:
+            turn.has_reader = False
+            self._host.post(lambda: _end_dropped(turn, keep_reply))
 
     async def aclose(self) -> None:
         """Ends the turn early if it still runs; see `TurnStream.close`."""
@@ -159,3 +162,10 @@ class AsyncTurnStream(AsyncIterator[str]):
         self._keep_reply(turn.reply)
         if turn.error is not None:
             turn.result()
+
+
+def _end_dropped(turn: Turn, keep_reply: KeepReply) -> None:
+    """An operation: ends the turn of a stream that nobody has any more."""
+    if not turn.is_settled:
+        turn.cancel()
+        keep_reply(turn.reply)
