@@ -2,7 +2,6 @@
 // hold on every device, and the parameters of the kernel.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "csrc/bindings/checks.h"
@@ -44,10 +43,9 @@ inline void check_paged_attention(const OpCheck& check, const PagedAttentionArgs
       .dtype({at::kInt})
       .shape({{"S", num_sequences}, {"M"}})
       .last_dim_contiguous();
-  check.value("scale", std::isfinite(args.scale), "a finite number", args.scale);
+  check.float32("scale", args.scale, /*may_be_negative=*/true);
   check.value("sliding_window", args.sliding_window >= 0, "a number >= 0", args.sliding_window);
-  check.value("soft_cap", args.soft_cap >= 0 && std::isfinite(args.soft_cap),
-              "a finite number >= 0", args.soft_cap);
+  check.float32("soft_cap", args.soft_cap);
 }
 
 inline PagedAttentionParams params_of(const PagedAttentionArgs& args, const KvLayout& layout,

@@ -5,7 +5,6 @@
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -335,8 +334,7 @@ void decoder_layers_cpu(const at::Tensor& x, const c10::List<OptionalTensor>& we
   const OpCheck check{"decoder_layers", x.device()};
   check("x", x).dtype({at::kFloat}).shape({{"N"}, {"E"}}).contiguous();
   check("slots", slots).dtype({at::kLong}).shape({{"N", x.size(0)}}).contiguous();
-  check.value("norm_eps", norm_eps >= 0 && std::isfinite(norm_eps), "a finite number >= 0",
-              norm_eps);
+  check.float32("norm_eps", norm_eps);
   check_logit_rows(check, logit_rows, x.size(0));
   check("output", output)
       .dtype({at::kFloat})

@@ -2,6 +2,7 @@
 // device memory: checks that hold on every device, the outputs, and the parameters of the kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -33,6 +34,10 @@ inline void check_fill_rows(const OpCheck& check, const FillRowsArgs& args) {
       .dtype({at::kInt})
       .shape({{"S", num_sequences}, {"K"}})
       .contiguous();
+  const int64_t most_rows =
+      std::numeric_limits<int32_t>::max() / std::max<int64_t>(num_sequences, 1);
+  check.value("draft_ids", args.draft_ids.size(1) < most_rows,
+              "at most 2^31 - 1 rows, S * (K + 1), in all", args.draft_ids);
   check("num_draft", args.num_draft).dtype({at::kInt}).shape({{"S", num_sequences}}).contiguous();
   check("page_table", args.page_table)
       .dtype({at::kInt})

@@ -11,6 +11,7 @@
 #include "csrc/bindings/torch_shim.h"
 #include "csrc/kernels/cpu/advance_sequences.h"
 #include "csrc/kernels/cpu/fill_rows.h"
+#include "csrc/kernels/loop_rule.h"
 
 namespace skv::bindings {
 
@@ -18,6 +19,8 @@ namespace {
 
 using SixTensors =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 
 // One value of an argument; `index` says which.
 void check_element(const OpCheck& check, const char* name, int64_t value, int64_t low, int64_t high,
@@ -27,9 +30,8 @@ void check_element(const OpCheck& check, const char* name, int64_t value, int64_
                     " at index ", index);
 }
 
-// Sequences that do not run may hold anything.
+// Sequences that do not run may hold anything, and so may what their rows leave out.
 void check_running_sequences(const OpCheck& check, const FillRowsParams& params) {
-  constexpr int64_t kMaxToken = std::numeric_limits<int32_t>::max();
   const int64_t room = params.max_pages * params.page_size;
   for (int64_t s = 0; s < params.num_sequences; ++s) {
     if (params.num_left[s] <= 0) continue;
@@ -37,18 +39,18 @@ void check_running_sequences(const OpCheck& check, const FillRowsParams& params)
     check_element(check, "lengths", length, 1, params.capacity, "L", s);
     if (length > params.kv_limits[s]) continue;
     check_element(check, "kv_limits", params.kv_limits[s], 0, room, "M * page_size", s);
-    const int64_t num_draft = params.num_draft[s];
-    check_element(check, "num_draft", num_draft, 0, params.max_draft, "K", s);
+    check_element(check, "num_draft", params.num_draft[s], 0, params.max_draft, "K", s);
+    const int64_t num_rows = num_step_rows(params, s);
     const int64_t pending = params.history[s * params.capacity + length - 1];
-    check_element(check, "history", pending, 0, kMaxToken, "2^31 - 1", s);
-    for (int64_t i = 0; i < num_draft; ++i) {
+    check_element(check, "history", pending, 0, kMaxInt32, "2^31 - 1", s);
+    for (int64_t i = 0; i < num_rows - 1; ++i) {
       const int64_t token = params.draft_ids[s * params.max_draft + i];
-      check_element(check, "draft_ids", token, 0, kMaxToken, "2^31 - 1", s);
+      check_element(check, "draft_ids", token, 0, kMaxInt32, "2^31 - 1", s);
     }
-    const int64_t last = std::min<int64_t>(length - 1 + num_draft, params.kv_limits[s] - 1);
+    const int64_t last = length - 2 + num_rows;
     for (int64_t i = (length - 1) / params.page_size; i <= last / params.page_size; ++i) {
       const int64_t page = params.page_table[s * params.max_pages + i];
-      check_element(check, "page_table", page, 0, kMaxToken, "2^31 - 1", s);
+      check_element(check, "page_table", page, 0, kMaxInt32, "2^31 - 1", s);
     }
   }
 }
@@ -77,11 +79,10 @@ void check_advanced_sequences(const OpCheck& check, const AdvanceSequencesParams
     const int64_t num_left = params.num_left[s];
     TORCH_CHECK_VALUE(num_left >= 1, check.op(), ": num_left: expected at least 1 for sequence ", s,
                       ", which has rows, got ", num_left);
-    const int64_t most = params.capacity - std::min(end - begin, num_left);
+    const int64_t most = std::min(params.capacity, kMaxInt32) - std::min(end - begin, num_left);
     check_element(check, "lengths", params.lengths[s], 0, most, "L - new tokens", s);
     for (int64_t row = begin; row < end; ++row) {
-      check_element(check, "target_ids", params.target_ids[row], 0,
-                    std::numeric_limits<int32_t>::max(), "2^31 - 1", row);
+      check_element(check, "target_ids", params.target_ids[row], 0, kMaxInt32, "2^31 - 1", row);
     }
   }
 }

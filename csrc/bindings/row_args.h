@@ -2,7 +2,6 @@
 // parameters of the kernels without their output.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -28,7 +27,7 @@ inline RmsNormParams rms_norm_params(const OpCheck& check, const at::Tensor& x,
                                      const OptionalTensor& residual, DtypeList dtypes) {
   check("x", x).dtype(dtypes).last_dim_contiguous();
   check("weight", weight).dtype({at::kFloat}).shape({{"E", x.size(-1)}}).contiguous();
-  check.value("eps", eps >= 0 && std::isfinite(eps), "a finite number >= 0", eps);
+  check.float32("eps", eps);
   const FoldedRows rows = fold_rows(check, "x", x);
   if (residual.has_value()) check_residual(check, *residual, x, weight);
   return {

@@ -2,7 +2,10 @@
 // parameters of the kernels without their outputs.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
+#include <string>
 
 #include "csrc/bindings/checks.h"
 #include "csrc/bindings/kv_checks.h"
@@ -16,11 +19,17 @@ inline NgramLookupParams ngram_lookup_params(const OpCheck& check, const at::Ten
                                              int64_t max_n, int64_t max_draft,
                                              const OptionalTensor& lengths) {
   check("tokens", tokens).dtype(kIdDtypes).shape({{"T"}}).contiguous();
+  // What counts tokens is int32: offsets, lengths, and the number of drafted ones.
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  check.value("tokens", tokens.numel() <= kMost,
+              "at most " + std::to_string(kMost) + " tokens in all", tokens);
   const int64_t num_sequences = check_offsets_shape(check, "offsets", offsets);
   check.value("min_n", min_n >= 1, "a number >= 1", min_n);
   TORCH_CHECK_VALUE(max_n >= min_n, check.op(), ": max_n: expected a number >= min_n = ", min_n,
                     ", got ", max_n);
-  check.value("max_draft", max_draft >= 0, "a number >= 0", max_draft);
+  const int64_t most_each = kMost / std::max<int64_t>(num_sequences, 1);
+  check.value("max_draft", max_draft >= 0 && max_draft <= most_each,
+              "a number from 0 to (2^31 - 1) / S = " + std::to_string(most_each), max_draft);
   if (lengths.has_value()) {
     check("lengths", *lengths).dtype({at::kInt}).shape({{"S", num_sequences}}).contiguous();
   }
