@@ -9,11 +9,12 @@
 #include <string>
 #include <vector>
 
-#include "csrc/bindings/attention_args.h"
-#include "csrc/bindings/kv_args.h"
-#include "csrc/bindings/kv_checks.h"
-#include "csrc/bindings/linear_args.h"
-#include "csrc/bindings/row_args.h"
+#include "csrc/bindings/ops/attention/args.h"
+#include "csrc/bindings/ops/kv/args.h"
+#include "csrc/bindings/ops/kv/checks.h"
+#include "csrc/bindings/ops/linear/args.h"
+#include "csrc/bindings/ops/offsets.h"
+#include "csrc/bindings/ops/rows/args.h"
 #include "csrc/kernels/cpu/select_isa.h"
 
 namespace skv::bindings {

@@ -108,6 +108,21 @@ def test_a_sequence_without_room_gets_no_rows(device: torch.device, limit: int) 
     assert rows.slots.tolist()[1:] == [-1] * 15
 
 
+def test_nothing_is_asked_of_what_no_row_feeds(device: torch.device) -> None:
+    """A draft longer than the reply: its last tokens, and the pages behind, are not there yet."""
+    arguments = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in valid_arguments("fill_rows").items()
+    }
+    arguments["lengths"][0], arguments["kv_limits"][0] = 15, 32
+    expected = ops.fill_rows(**arguments | {"num_draft": int32([1, 0, 2, 1], device)})
+    arguments["num_left"][0] = 2
+    arguments["draft_ids"][0, 1:] = -1
+    arguments["page_table"][0, 1] = -1
+    for left, right in zip(ops.fill_rows(**arguments), expected, strict=True):
+        assert_same_bits(left, right)
+
+
 @pytest.mark.parametrize("before", [2**31 - 4, 2**31 - 2, 2**31 - 1])
 def test_counts_stop_at_the_largest_number(device: torch.device, before: int) -> None:
     """A counter that wrapped would say that less than nothing was done."""
