@@ -23,11 +23,12 @@ SKV_HOST_DEVICE int64_t num_step_rows(const FillRowsParams& params, int64_t sequ
   return 1 + (num_draft > 0 ? num_draft : 0);
 }
 
+inline constexpr int64_t kLargestCount = std::numeric_limits<int32_t>::max();
+
 // A counter that stays at the largest number instead of becoming negative. Precondition: more >= 0.
 SKV_HOST_DEVICE int32_t add_to_count(int32_t count, int64_t more) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const int64_t sum = count + more;
-  return static_cast<int32_t>(sum < kMost ? sum : kMost);
+  return static_cast<int32_t>(sum < kLargestCount ? sum : kLargestCount);
 }
 
 }  // namespace skv

@@ -318,7 +318,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         x: float32[..., E] (CUDA: also float16, bfloat16), E contiguous, the leading dimensions
             folding into at most two strides - so the heads of a fused projection are read in place.
         weight: float32[E], contiguous.
-        eps: a number >= 0.
+        eps: a number >= 0 that float32 can hold.
         residual: dtype and shape of x, contiguous, memory of its own, or None - written in place.
 
     Returns:
@@ -445,7 +445,7 @@ def quantized_linear(
             `silu_mul`.
         norm_weight: float32[K], contiguous, or None - then x is normalised first, as by
             `rms_norm(x, norm_weight, norm_eps)`.
-        norm_eps: a finite number >= 0.
+        norm_eps: a number >= 0 that float32 can hold.
         silu_mul: return silu(gate) * up, where the panels of the weight are by turns 16 columns
             of the gate and the 16 columns of up that go with them.
 
@@ -518,7 +518,7 @@ def linear_top_k(
         out_features: columns of the product.
         k: a number from 1 to 64, at most out_features.
         norm_weight: float32[K], contiguous, or None.
-        norm_eps: a finite number >= 0.
+        norm_eps: a number >= 0 that float32 can hold.
 
     Returns:
         ids: int64[N, k], largest output first.
@@ -793,7 +793,7 @@ def ngram_lookup(
             [offsets[s], offsets[s + 1]).
         min_n: shortest suffix that counts, >= 1.
         max_n: longest suffix looked for, >= min_n.
-        max_draft: tokens proposed at most, >= 0.
+        max_draft: tokens proposed at most, from 0 to (2^31 - 1) / S.
         lengths: int32[S], contiguous, or None - then only the first lengths[s] of these tokens are
             the text of s; the others are never read.
 
@@ -975,7 +975,8 @@ def advance_sequences(
         lengths: int32[S], contiguous, room for the new tokens below L - grows in place.
         num_left: int32[S], contiguous, at least 1 of a sequence with rows - counts down in place;
             becomes 0 with a stop token, -1 where a largest logit was not finite.
-        counts: int32[S, 3], contiguous - steps, drafted tokens and accepted ones are added.
+        counts: int32[S, 3], contiguous - steps, drafted tokens and accepted ones are added;
+            they stay at 2^31 - 1.
     """
     _ops.advance_sequences.default(
         token_ids,
