@@ -11,8 +11,10 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -194,6 +196,18 @@ class OpCheck {
     } else {
       TORCH_CHECK_VALUE(false, op_, ": ", name, ": expected ", expected, ", got ", got);
     }
+  }
+
+  // A number that the kernels use as float32: not one that becomes infinite there, or that is not 0
+  // and becomes 0. The check is before the conversion, which is undefined outside the range.
+  void float32(const char* name, double number, bool may_be_negative = false) const {
+    const double magnitude = std::abs(number);
+    const bool fits = number == 0 || (magnitude <= std::numeric_limits<float>::max() &&
+                                      static_cast<float>(magnitude) > 0.0F);
+    value(name, fits && (may_be_negative || number >= 0),
+          may_be_negative ? "a finite number that float32 can hold"
+                          : "a finite number >= 0 that float32 can hold",
+          number);
   }
 
   // Of two tensors of which one or both are written: no element of `tensor` may lie between the

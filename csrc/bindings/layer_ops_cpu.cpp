@@ -5,16 +5,16 @@
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <cstring>
 #include <string>
 #include <vector>
 
-#include "csrc/bindings/attention_args.h"
-#include "csrc/bindings/kv_args.h"
-#include "csrc/bindings/kv_checks.h"
-#include "csrc/bindings/linear_args.h"
-#include "csrc/bindings/row_args.h"
+#include "csrc/bindings/ops/attention/args.h"
+#include "csrc/bindings/ops/kv/args.h"
+#include "csrc/bindings/ops/kv/checks.h"
+#include "csrc/bindings/ops/linear/args.h"
+#include "csrc/bindings/ops/offsets.h"
+#include "csrc/bindings/ops/rows/args.h"
 #include "csrc/kernels/cpu/select_isa.h"
 
 namespace skv::bindings {
@@ -335,8 +335,7 @@ void decoder_layers_cpu(const at::Tensor& x, const c10::List<OptionalTensor>& we
   const OpCheck check{"decoder_layers", x.device()};
   check("x", x).dtype({at::kFloat}).shape({{"N"}, {"E"}}).contiguous();
   check("slots", slots).dtype({at::kLong}).shape({{"N", x.size(0)}}).contiguous();
-  check.value("norm_eps", norm_eps >= 0 && std::isfinite(norm_eps), "a finite number >= 0",
-              norm_eps);
+  check.float32("norm_eps", norm_eps);
   check_logit_rows(check, logit_rows, x.size(0));
   check("output", output)
       .dtype({at::kFloat})

@@ -5,7 +5,7 @@
 #include <string>
 #include <tuple>
 
-#include "csrc/bindings/linear_args.h"
+#include "csrc/bindings/ops/linear/args.h"
 #include "csrc/kernels/cpu/select_isa.h"
 
 namespace skv::bindings {

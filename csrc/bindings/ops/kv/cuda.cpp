@@ -3,8 +3,8 @@
 #include <torch/library.h>
 
 #include "csrc/bindings/checks.h"
-#include "csrc/bindings/cuda_launch.h"
-#include "csrc/bindings/kv_args.h"
+#include "csrc/bindings/ops/cuda_launch.h"
+#include "csrc/bindings/ops/kv/args.h"
 #include "csrc/kernels/cuda/kernels.h"
 
 namespace skv::bindings {

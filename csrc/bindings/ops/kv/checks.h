@@ -1,9 +1,8 @@
 // Checks shared by the ops that read or write the KV pool, for every device, and the checks of
-// slot, position and offset values, for tensors in host memory.
+// slot and position values, for tensors in host memory.
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "csrc/bindings/checks.h"
 #include "csrc/kernels/kv_layout.h"
@@ -113,43 +112,6 @@ inline void check_slot_values(const OpCheck& check, const at::Tensor& slots,
   }
 }
 
-// Host memory only. offsets: int32[S + 1] from 0, ascending, to at most `num_rows`: the rows behind
-// the last one belong to no sequence.
-inline void check_row_offsets(const OpCheck& check, const char* name, const at::Tensor& offsets,
-                              int64_t num_rows, const char* counted = "rows") {
-  const int32_t* values = offsets.const_data_ptr<int32_t>();
-  const int64_t last = offsets.numel() - 1;
-  TORCH_CHECK_VALUE(values[0] == 0, check.op(), ": ", name, ": expected offsets that start at 0, ",
-                    "got ", values[0]);
-  for (int64_t i = 0; i < last; ++i) {
-    TORCH_CHECK_VALUE(values[i] <= values[i + 1], check.op(), ": ", name,
-                      ": expected ascending offsets, got ", values[i], " before ", values[i + 1],
-                      " at index ", i);
-  }
-  TORCH_CHECK_VALUE(values[last] <= num_rows, check.op(), ": ", name,
-                    ": expected offsets up to the number of ", counted, " = ", num_rows, ", got ",
-                    values[last]);
-}
-
-// The same, up to exactly `total`, the number of `counted`.
-inline void check_offset_values(const OpCheck& check, const char* name, const at::Tensor& offsets,
-                                int64_t total, const char* counted = "rows") {
-  check_row_offsets(check, name, offsets, total, counted);
-  const int32_t last = offsets.const_data_ptr<int32_t>()[offsets.numel() - 1];
-  TORCH_CHECK_VALUE(last == total, check.op(), ": ", name,
-                    ": expected offsets that end at the number of ", counted, " = ", total,
-                    ", got ", last);
-}
-
-// int32[S + 1] with at least one element, contiguous; returns S, or what `symbol` names.
-inline int64_t check_offsets_shape(const OpCheck& check, const char* name,
-                                   const at::Tensor& offsets, const std::string& symbol = "S") {
-  const std::string size = symbol + " + 1";
-  check(name, offsets).dtype({at::kInt}).shape({{size.c_str()}}).contiguous();
-  check.value(name, offsets.numel() > 0, "shape [" + size + "] with " + symbol + " >= 0", offsets);
-  return offsets.numel() - 1;
-}
-
 // Host memory only. positions: int32[N], each in [0, num_positions).
 inline void check_positions(const OpCheck& check, const at::Tensor& positions,
                             int64_t num_positions) {
@@ -158,39 +120,6 @@ inline void check_positions(const OpCheck& check, const at::Tensor& positions,
     TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < num_positions, check.op(),
                       ": positions: expected positions in [0, rows of cos_sin = ", num_positions,
                       "), got ", values[i], " at index ", i);
-  }
-}
-
-// The head dimensions that attention on the CPU is built for.
-inline void check_attention_head_dim(const OpCheck& check, const KvLayout& layout) {
-  check.value("k_pool", layout.head_dim % 16 == 0 && layout.head_dim <= 256,
-              "a head dimension D that is a multiple of 16 and at most 256", layout.head_dim);
-}
-
-// Host memory only. The lengths fit the rows of the batch and the page table, and the pages that
-// will be read exist.
-inline void check_sequences(const OpCheck& check, const at::Tensor& page_table,
-                            const at::Tensor& seq_lens, const at::Tensor& query_offsets,
-                            const KvLayout& layout) {
-  const int32_t* pages = page_table.const_data_ptr<int32_t>();
-  const int32_t* lengths = seq_lens.const_data_ptr<int32_t>();
-  const int32_t* offsets = query_offsets.const_data_ptr<int32_t>();
-  const int64_t capacity = page_table.size(1) * layout.page_size;
-  for (int64_t sequence = 0; sequence < seq_lens.numel(); ++sequence) {
-    const int64_t length = lengths[sequence];
-    const int64_t num_rows = offsets[sequence + 1] - offsets[sequence];
-    TORCH_CHECK_VALUE(length >= num_rows, check.op(), ": seq_lens: expected at least the ",
-                      num_rows, " new rows of sequence ", sequence, ", got ", length);
-    TORCH_CHECK_VALUE(length <= capacity, check.op(),
-                      ": seq_lens: expected at most M * B = ", capacity, ", got ", length,
-                      " for sequence ", sequence);
-    const int64_t num_pages = (length + layout.page_size - 1) / layout.page_size;
-    const int32_t* row = pages + sequence * page_table.stride(0);
-    for (int64_t i = 0; i < num_pages; ++i) {
-      TORCH_CHECK_VALUE(row[i] >= 0 && row[i] < layout.num_pages, check.op(),
-                        ": page_table: expected page ids in [0, P = ", layout.num_pages, "), got ",
-                        row[i], " at [", sequence, ", ", i, "]");
-    }
   }
 }
 

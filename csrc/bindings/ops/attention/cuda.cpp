@@ -8,10 +8,9 @@
 #include <string>
 #include <utility>
 
-#include "csrc/bindings/attention_args.h"
 #include "csrc/bindings/checks.h"
-#include "csrc/bindings/cuda_launch.h"
-#include "csrc/bindings/kv_checks.h"
+#include "csrc/bindings/ops/attention/args.h"
+#include "csrc/bindings/ops/cuda_launch.h"
 #include "csrc/bindings/torch_shim.h"
 #include "csrc/kernels/cuda/attention.h"
 #include "csrc/kernels/cuda/kernels.h"
@@ -43,18 +42,16 @@ cuda::AttentionTuning tuning_of_environment() {
 // prefixes: of shared_prefix_attention, else null.
 at::Tensor attend(const OpCheck& check, const PagedAttentionArgs& args,
                   const SharedPrefixArgs* prefixes) {
-  const KvLayout layout = check_pools(check, args.k_pool, args.v_pool);
+  const KvLayout layout = check_attention(check, args, prefixes, kPoolDtypes);
   check_head_dim(check, layout.head_dim, cuda::HeadDims{});
   check_pool_alignment(check, "k_pool", args.k_pool);
   check_pool_alignment(check, "v_pool", args.v_pool);
-  check_paged_attention(check, args, layout, kPoolDtypes);
-  if (prefixes != nullptr) check_shared_prefixes(check, *prefixes);
   const int64_t num_positions = args.page_table.size(1) * layout.page_size;
   check.value("page_table", num_positions <= cuda::kMaxPositions,
               "M * B to be at most " + std::to_string(cuda::kMaxPositions), num_positions);
   const at::Tensor& q = args.q;
   const c10::cuda::CUDAGuard guard(q.device());  // the plan asks for the limits of the device
-  const at::Tensor output = empty_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type(), q);
+  const at::Tensor output = empty_attention_output(args);
   cuda::PagedAttentionCall call{
       .params = params_of(args, layout, output), .prefixes = {}, .tuning = tuning_of_environment()};
   if (prefixes != nullptr) call.prefixes = prefixes_of(*prefixes);

@@ -1,7 +1,6 @@
 // The arguments of a linear layer: checks, and the parameters of the kernel.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "csrc/bindings/checks.h"
@@ -53,7 +52,8 @@ inline void check_weight(const OpCheck& check, const at::Tensor& x, const at::Te
   const bool is_grouped = format != WeightFormat::kFloat32;
   check.value("x", !is_grouped || in_features % kGroupSize == 0,
               "K to be a multiple of 32 for a quantised weight", x);
-  const int64_t num_panels = (out_features + kPanelColumns - 1) / kPanelColumns;
+  const int64_t num_panels =
+      out_features / kPanelColumns + (out_features % kPanelColumns != 0 ? 1 : 0);
   if (format == WeightFormat::kInt4) {
     weight_check.shape({{"Np", num_panels}, {"K/2", in_features / 2}, {"16", kPanelColumns}});
   } else {
@@ -85,8 +85,7 @@ inline void check_quantized_linear(const OpCheck& check, const QuantizedLinearAr
   check_weight(check, x, args.weight, args.scales, args.minimums, out_features);
   check_vector(check, "bias", args.bias, "out_features", out_features);
   check_vector(check, "norm_weight", args.norm_weight, "K", x.size(1));
-  check.value("norm_eps", args.norm_eps >= 0 && std::isfinite(args.norm_eps),
-              "a finite number >= 0", args.norm_eps);
+  check.float32("norm_eps", args.norm_eps);
   if (args.residual.has_value()) {
     check.value("residual", !args.silu_mul, "None with silu_mul", *args.residual);
     check("residual", *args.residual)

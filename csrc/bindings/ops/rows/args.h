@@ -1,13 +1,14 @@
-// The arguments of rms_norm, silu_mul and argmax: checks that hold on every device, and the
-// parameters of the kernels without their output.
+// The arguments of rms_norm and silu_mul: checks that hold on every device, the outputs, and the
+// parameters of the kernels.
 #pragma once
 
-#include <cmath>
+#include <ATen/ops/empty.h>
+
 #include <cstdint>
 #include <utility>
 
 #include "csrc/bindings/checks.h"
-#include "csrc/bindings/row_checks.h"
+#include "csrc/bindings/ops/rows/folded_rows.h"
 #include "csrc/bindings/torch_shim.h"
 #include "csrc/kernels/token_params.h"
 
@@ -23,12 +24,13 @@ inline void check_residual(const OpCheck& check, const at::Tensor& residual, con
   check.own_memory("residual", residual, "weight", weight);
 }
 
+// Without the output.
 inline RmsNormParams rms_norm_params(const OpCheck& check, const at::Tensor& x,
                                      const at::Tensor& weight, double eps,
                                      const OptionalTensor& residual, DtypeList dtypes) {
   check("x", x).dtype(dtypes).last_dim_contiguous();
   check("weight", weight).dtype({at::kFloat}).shape({{"E", x.size(-1)}}).contiguous();
-  check.value("eps", eps >= 0 && std::isfinite(eps), "a finite number >= 0", eps);
+  check.float32("eps", eps);
   const FoldedRows rows = fold_rows(check, "x", x);
   if (residual.has_value()) check_residual(check, *residual, x, weight);
   return {
@@ -46,42 +48,41 @@ inline RmsNormParams rms_norm_params(const OpCheck& check, const at::Tensor& x,
   };
 }
 
-inline SiluMulParams silu_mul_params(const OpCheck& check, const at::Tensor& gate_up,
-                                     DtypeList dtypes) {
-  check("gate_up", gate_up).dtype(dtypes).shape({{"N"}, {"2F"}}).last_dim_contiguous();
-  check.value("gate_up", gate_up.size(1) % 2 == 0, "an even last dimension 2F", gate_up);
-  return {
-      .gate_up = gate_up.const_data_ptr(),
-      .output = nullptr,
-      .activation_dtype = dtype_of(gate_up),
-      .num_rows = gate_up.size(0),
-      .num_features = gate_up.size(1) / 2,
-      .input_row_stride = gate_up.stride(0),
-  };
-}
-
-struct ArgmaxResult {
-  at::Tensor ids;
-  at::Tensor values;
-  ArgmaxParams params;
+struct RmsNormCall {
+  at::Tensor output;
+  RmsNormParams params;
 };
 
-inline ArgmaxResult argmax_result(const OpCheck& check, const at::Tensor& logits,
-                                  DtypeList dtypes) {
-  check("logits", logits).dtype(dtypes).shape({{"R"}, {"V"}}).last_dim_contiguous();
-  check.value("logits", logits.size(1) > 0, "V >= 1", logits);
-  at::Tensor ids = empty_tensor({logits.size(0)}, at::kLong, logits);
-  at::Tensor values = empty_tensor({logits.size(0)}, at::kFloat, logits);
-  const ArgmaxParams params{
-      .logits = logits.const_data_ptr(),
-      .ids = ids.mutable_data_ptr<int64_t>(),
-      .values = values.mutable_data_ptr<float>(),
-      .logits_dtype = dtype_of(logits),
-      .num_rows = logits.size(0),
-      .vocab_size = logits.size(1),
-      .row_stride = logits.stride(0),
+inline RmsNormCall rms_norm_call(const OpCheck& check, const at::Tensor& x,
+                                 const at::Tensor& weight, double eps,
+                                 const OptionalTensor& residual, DtypeList dtypes) {
+  RmsNormParams params = rms_norm_params(check, x, weight, eps, residual, dtypes);
+  at::Tensor output = at::empty(x.sizes(), x.options().requires_grad(false));
+  params.output = output.mutable_data_ptr();
+  return {std::move(output), params};
+}
+
+struct SiluMulCall {
+  at::Tensor output;
+  SiluMulParams params;
+};
+
+inline SiluMulCall silu_mul_call(const OpCheck& check, const at::Tensor& gate_up,
+                                 DtypeList dtypes) {
+  check("gate_up", gate_up).dtype(dtypes).shape({{"N"}, {"2F"}}).last_dim_contiguous();
+  check.value("gate_up", gate_up.size(1) % 2 == 0, "an even last dimension 2F", gate_up);
+  const int64_t num_rows = gate_up.size(0);
+  const int64_t num_features = gate_up.size(1) / 2;
+  at::Tensor output = empty_tensor({num_rows, num_features}, gate_up.scalar_type(), gate_up);
+  const SiluMulParams params{
+      .gate_up = gate_up.const_data_ptr(),
+      .output = output.mutable_data_ptr(),
+      .activation_dtype = dtype_of(gate_up),
+      .num_rows = num_rows,
+      .num_features = num_features,
+      .input_row_stride = gate_up.stride(0),
   };
-  return {std::move(ids), std::move(values), params};
+  return {std::move(output), params};
 }
 
 }  // namespace skv::bindings

@@ -2,8 +2,8 @@
 #include <torch/library.h>
 
 #include "csrc/bindings/checks.h"
-#include "csrc/bindings/kv_args.h"
-#include "csrc/bindings/kv_checks.h"
+#include "csrc/bindings/ops/kv/args.h"
+#include "csrc/bindings/ops/kv/checks.h"
 #include "csrc/bindings/torch_shim.h"
 #include "csrc/kernels/cpu/copy_pages.h"
 #include "csrc/kernels/cpu/select_isa.h"

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "csrc/bindings/checks.h"
-#include "csrc/bindings/kv_checks.h"
+#include "csrc/bindings/ops/kv/checks.h"
 #include "csrc/bindings/torch_shim.h"
 #include "csrc/kernels/kv_params.h"
 
@@ -86,6 +86,7 @@ inline KvLayout check_rope_append_kv(const OpCheck& check, const RopeAppendKvArg
   return layout;
 }
 
+// Preconditions: check_rope_append_kv, which returned `layout`.
 inline RopeAppendKvParams params_of(const RopeAppendKvArgs& args, const KvLayout& layout) {
   return {
       .query = args.q.mutable_data_ptr(),

@@ -1,12 +1,13 @@
 // The arguments of paged_attention and shared_prefix_attention: checks of shapes and dtypes that
-// hold on every device, and the parameters of the kernel.
+// hold on every device, checks of values for tensors in host memory, and the parameters of the
+// kernel.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "csrc/bindings/checks.h"
-#include "csrc/bindings/kv_checks.h"
+#include "csrc/bindings/ops/kv/checks.h"
+#include "csrc/bindings/ops/offsets.h"
 #include "csrc/bindings/torch_shim.h"
 
 namespace skv::bindings {
@@ -44,10 +45,9 @@ inline void check_paged_attention(const OpCheck& check, const PagedAttentionArgs
       .dtype({at::kInt})
       .shape({{"S", num_sequences}, {"M"}})
       .last_dim_contiguous();
-  check.value("scale", std::isfinite(args.scale), "a finite number", args.scale);
+  check.float32("scale", args.scale, /*may_be_negative=*/true);
   check.value("sliding_window", args.sliding_window >= 0, "a number >= 0", args.sliding_window);
-  check.value("soft_cap", args.soft_cap >= 0 && std::isfinite(args.soft_cap),
-              "a finite number >= 0", args.soft_cap);
+  check.float32("soft_cap", args.soft_cap);
 }
 
 inline PagedAttentionParams params_of(const PagedAttentionArgs& args, const KvLayout& layout,
@@ -88,6 +88,61 @@ inline void check_shared_prefixes(const OpCheck& check, const SharedPrefixArgs& 
   check("prefix_lens", args.prefix_lens).dtype({at::kInt}).shape({{"G", num_groups}}).contiguous();
 }
 
+// What holds on every device. prefixes: of shared_prefix_attention, else null.
+inline KvLayout check_attention(const OpCheck& check, const PagedAttentionArgs& args,
+                                const SharedPrefixArgs* prefixes, DtypeList query_dtypes) {
+  const KvLayout layout = check_pools(check, args.k_pool, args.v_pool);
+  check_paged_attention(check, args, layout, query_dtypes);
+  if (prefixes != nullptr) check_shared_prefixes(check, *prefixes);
+  return layout;
+}
+
+inline at::Tensor empty_attention_output(const PagedAttentionArgs& args) {
+  const at::Tensor& q = args.q;
+  return empty_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type(), q);
+}
+
+inline SharedPrefixes prefixes_of(const SharedPrefixArgs& args) {
+  return {
+      .group_offsets = args.group_offsets.const_data_ptr<int32_t>(),
+      .prefix_lens = args.prefix_lens.const_data_ptr<int32_t>(),
+      .num_groups = args.prefix_lens.numel(),
+  };
+}
+
+// The head dimensions that attention on the CPU is built for.
+inline void check_attention_head_dim(const OpCheck& check, const KvLayout& layout) {
+  check.value("k_pool", layout.head_dim % 16 == 0 && layout.head_dim <= 256,
+              "a head dimension D that is a multiple of 16 and at most 256", layout.head_dim);
+}
+
+// Host memory only. The lengths fit the rows of the batch and the page table, and the pages that
+// will be read exist.
+inline void check_sequences(const OpCheck& check, const at::Tensor& page_table,
+                            const at::Tensor& seq_lens, const at::Tensor& query_offsets,
+                            const KvLayout& layout) {
+  const int32_t* pages = page_table.const_data_ptr<int32_t>();
+  const int32_t* lengths = seq_lens.const_data_ptr<int32_t>();
+  const int32_t* offsets = query_offsets.const_data_ptr<int32_t>();
+  const int64_t capacity = page_table.size(1) * layout.page_size;
+  for (int64_t sequence = 0; sequence < seq_lens.numel(); ++sequence) {
+    const int64_t length = lengths[sequence];
+    const int64_t num_rows = offsets[sequence + 1] - offsets[sequence];
+    TORCH_CHECK_VALUE(length >= num_rows, check.op(), ": seq_lens: expected at least the ",
+                      num_rows, " new rows of sequence ", sequence, ", got ", length);
+    TORCH_CHECK_VALUE(length <= capacity, check.op(),
+                      ": seq_lens: expected at most M * B = ", capacity, ", got ", length,
+                      " for sequence ", sequence);
+    const int64_t num_pages = (length + layout.page_size - 1) / layout.page_size;
+    const int32_t* row = pages + sequence * page_table.stride(0);
+    for (int64_t i = 0; i < num_pages; ++i) {
+      TORCH_CHECK_VALUE(row[i] >= 0 && row[i] < layout.num_pages, check.op(),
+                        ": page_table: expected page ids in [0, P = ", layout.num_pages, "), got ",
+                        row[i], " at [", sequence, ", ", i, "]");
+    }
+  }
+}
+
 // Host memory only, after check_sequences. The groups cover all sequences, and those of a group
 // begin with the same pages.
 inline void check_prefix_values(const OpCheck& check, const SharedPrefixArgs& args,
@@ -122,12 +177,13 @@ inline void check_prefix_values(const OpCheck& check, const SharedPrefixArgs& ar
   }
 }
 
-inline SharedPrefixes prefixes_of(const SharedPrefixArgs& args) {
-  return {
-      .group_offsets = args.group_offsets.const_data_ptr<int32_t>(),
-      .prefix_lens = args.prefix_lens.const_data_ptr<int32_t>(),
-      .num_groups = args.prefix_lens.numel(),
-  };
+// Host memory only: all values of a call.
+inline void check_attention_values(const OpCheck& check, const PagedAttentionArgs& args,
+                                   const SharedPrefixArgs* prefixes, const KvLayout& layout) {
+  check_row_offsets(check, "query_offsets", args.query_offsets, args.q.size(0));
+  check_sequences(check, args.page_table, args.seq_lens, args.query_offsets, layout);
+  if (prefixes == nullptr) return;
+  check_prefix_values(check, *prefixes, args.page_table, args.seq_lens, layout);
 }
 
 }  // namespace skv::bindings

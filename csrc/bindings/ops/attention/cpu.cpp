@@ -1,9 +1,8 @@
 // CPU kernels of paged_attention and shared_prefix_attention: check values, launch.
 #include <torch/library.h>
 
-#include "csrc/bindings/attention_args.h"
 #include "csrc/bindings/checks.h"
-#include "csrc/bindings/kv_checks.h"
+#include "csrc/bindings/ops/attention/args.h"
 #include "csrc/bindings/torch_shim.h"
 #include "csrc/kernels/cpu/select_isa.h"
 
@@ -15,17 +14,10 @@ namespace {
 // the keys of one sequence after those of another, and its caches are too small for a prefix.
 at::Tensor attend(const OpCheck& check, const PagedAttentionArgs& args,
                   const SharedPrefixArgs* prefixes) {
-  const KvLayout layout = check_pools(check, args.k_pool, args.v_pool);
+  const KvLayout layout = check_attention(check, args, prefixes, {at::kFloat});
   check_attention_head_dim(check, layout);
-  check_paged_attention(check, args, layout, {at::kFloat});
-  if (prefixes != nullptr) check_shared_prefixes(check, *prefixes);
-  const at::Tensor& q = args.q;
-  check_row_offsets(check, "query_offsets", args.query_offsets, q.size(0));
-  check_sequences(check, args.page_table, args.seq_lens, args.query_offsets, layout);
-  if (prefixes != nullptr) {
-    check_prefix_values(check, *prefixes, args.page_table, args.seq_lens, layout);
-  }
-  const at::Tensor output = empty_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type(), q);
+  check_attention_values(check, args, prefixes, layout);
+  const at::Tensor output = empty_attention_output(args);
   cpu::kernels().paged_attention(params_of(args, layout, output), torch_parallel_for);
   return output;
 }
