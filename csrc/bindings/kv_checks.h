@@ -103,22 +103,24 @@ inline void check_new_rows(const OpCheck& check, const char* name, const at::Ten
 }
 
 // Host memory only. slots: int64[N], each -1 or in [0, P * B).
-inline void check_slot_values(const OpCheck& check, const at::Tensor& slots,
+inline void check_slot_values(const OpCheck& check, const int64_t* values, int64_t num_rows,
                               const KvLayout& layout) {
-  const int64_t* values = slots.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < slots.numel(); ++i) {
+  for (int64_t i = 0; i < num_rows; ++i) {
     TORCH_CHECK_VALUE(values[i] >= -1 && values[i] < layout.num_slots(), check.op(),
                       ": slots: expected -1 or a slot in [0, P * B = ", layout.num_slots(),
                       "), got ", values[i], " at index ", i);
   }
 }
 
+inline void check_slot_values(const OpCheck& check, const at::Tensor& slots,
+                              const KvLayout& layout) {
+  check_slot_values(check, slots.const_data_ptr<int64_t>(), slots.numel(), layout);
+}
+
 // Host memory only. offsets: int32[S + 1] from 0, ascending, to at most `num_rows`: the rows behind
 // the last one belong to no sequence.
-inline void check_row_offsets(const OpCheck& check, const char* name, const at::Tensor& offsets,
-                              int64_t num_rows, const char* counted = "rows") {
-  const int32_t* values = offsets.const_data_ptr<int32_t>();
-  const int64_t last = offsets.numel() - 1;
+inline void check_row_offsets(const OpCheck& check, const char* name, const int32_t* values,
+                              int64_t last, int64_t num_rows, const char* counted = "rows") {
   TORCH_CHECK_VALUE(values[0] == 0, check.op(), ": ", name, ": expected offsets that start at 0, ",
                     "got ", values[0]);
   for (int64_t i = 0; i < last; ++i) {
@@ -129,6 +131,12 @@ inline void check_row_offsets(const OpCheck& check, const char* name, const at::
   TORCH_CHECK_VALUE(values[last] <= num_rows, check.op(), ": ", name,
                     ": expected offsets up to the number of ", counted, " = ", num_rows, ", got ",
                     values[last]);
+}
+
+inline void check_row_offsets(const OpCheck& check, const char* name, const at::Tensor& offsets,
+                              int64_t num_rows, const char* counted = "rows") {
+  check_row_offsets(check, name, offsets.const_data_ptr<int32_t>(), offsets.numel() - 1, num_rows,
+                    counted);
 }
 
 // The same, up to exactly `total`, the number of `counted`.
@@ -151,14 +159,18 @@ inline int64_t check_offsets_shape(const OpCheck& check, const char* name,
 }
 
 // Host memory only. positions: int32[N], each in [0, num_positions).
-inline void check_positions(const OpCheck& check, const at::Tensor& positions,
+inline void check_positions(const OpCheck& check, const int32_t* values, int64_t num_rows,
                             int64_t num_positions) {
-  const int32_t* values = positions.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < positions.numel(); ++i) {
+  for (int64_t i = 0; i < num_rows; ++i) {
     TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < num_positions, check.op(),
                       ": positions: expected positions in [0, rows of cos_sin = ", num_positions,
                       "), got ", values[i], " at index ", i);
   }
+}
+
+inline void check_positions(const OpCheck& check, const at::Tensor& positions,
+                            int64_t num_positions) {
+  check_positions(check, positions.const_data_ptr<int32_t>(), positions.numel(), num_positions);
 }
 
 // The head dimensions that attention on the CPU is built for.
@@ -167,17 +179,24 @@ inline void check_attention_head_dim(const OpCheck& check, const KvLayout& layou
               "a head dimension D that is a multiple of 16 and at most 256", layout.head_dim);
 }
 
+// Lengths and pages of the sequences of a batch, in host memory.
+struct SequenceValues {
+  const int32_t* pages;          // [S, M]
+  const int32_t* lengths;        // [S]
+  const int32_t* query_offsets;  // [S + 1]
+  int64_t num_sequences;         // S
+  int64_t max_pages;             // M
+  int64_t page_row_stride;
+};
+
 // Host memory only. The lengths fit the rows of the batch and the page table, and the pages that
 // will be read exist.
-inline void check_sequences(const OpCheck& check, const at::Tensor& page_table,
-                            const at::Tensor& seq_lens, const at::Tensor& query_offsets,
+inline void check_sequences(const OpCheck& check, const SequenceValues& values,
                             const KvLayout& layout) {
-  const int32_t* pages = page_table.const_data_ptr<int32_t>();
-  const int32_t* lengths = seq_lens.const_data_ptr<int32_t>();
-  const int32_t* offsets = query_offsets.const_data_ptr<int32_t>();
-  const int64_t capacity = page_table.size(1) * layout.page_size;
-  for (int64_t sequence = 0; sequence < seq_lens.numel(); ++sequence) {
-    const int64_t length = lengths[sequence];
+  const int32_t* offsets = values.query_offsets;
+  const int64_t capacity = values.max_pages * layout.page_size;
+  for (int64_t sequence = 0; sequence < values.num_sequences; ++sequence) {
+    const int64_t length = values.lengths[sequence];
     const int64_t num_rows = offsets[sequence + 1] - offsets[sequence];
     TORCH_CHECK_VALUE(length >= num_rows, check.op(), ": seq_lens: expected at least the ",
                       num_rows, " new rows of sequence ", sequence, ", got ", length);
@@ -185,13 +204,23 @@ inline void check_sequences(const OpCheck& check, const at::Tensor& page_table,
                       ": seq_lens: expected at most M * B = ", capacity, ", got ", length,
                       " for sequence ", sequence);
     const int64_t num_pages = (length + layout.page_size - 1) / layout.page_size;
-    const int32_t* row = pages + sequence * page_table.stride(0);
+    const int32_t* row = values.pages + sequence * values.page_row_stride;
     for (int64_t i = 0; i < num_pages; ++i) {
       TORCH_CHECK_VALUE(row[i] >= 0 && row[i] < layout.num_pages, check.op(),
                         ": page_table: expected page ids in [0, P = ", layout.num_pages, "), got ",
                         row[i], " at [", sequence, ", ", i, "]");
     }
   }
+}
+
+inline void check_sequences(const OpCheck& check, const at::Tensor& page_table,
+                            const at::Tensor& seq_lens, const at::Tensor& query_offsets,
+                            const KvLayout& layout) {
+  check_sequences(check,
+                  {page_table.const_data_ptr<int32_t>(), seq_lens.const_data_ptr<int32_t>(),
+                   query_offsets.const_data_ptr<int32_t>(), seq_lens.numel(), page_table.size(1),
+                   page_table.stride(0)},
+                  layout);
 }
 
 }  // namespace skv::bindings

@@ -5,6 +5,7 @@
 #include <exception>
 #include <vector>
 
+#include "csrc/bindings/layers/layer_stack.h"
 #include "csrc/bindings/state_objects.h"
 #include "csrc/core/assert.h"
 #include "csrc/core/references.h"
@@ -54,6 +55,7 @@ PYBIND11_MODULE(_C, module) {
   py::register_local_exception_translator(&translate_exception);
   bind_pages(module);
   bind_indexes(module);
+  bind_layers(module);
   bind_info(module);
   module.def("check_references", &check_references_of, py::arg("pool"), py::arg("table"),
              py::arg("trees"));
