@@ -15,6 +15,7 @@ from stateful_kv.batch import Batch
 from stateful_kv.config import ModelConfig
 from stateful_kv.models.llama import LayerWeights, Linear, LlamaModel, LlamaWeights
 from stateful_kv.models.rope import cos_sin_table, inverse_frequencies
+from tests.ops.cases import valid_arguments
 from tests.ops.comparing import assert_same_bits
 from tests.ops.paged import offsets
 from tests.ops.test_quantized_linear import FORMATS, random_weight
@@ -185,6 +186,13 @@ def test_scales_without_int8_pools_and_the_other_way_round() -> None:
         run_fused(model, x, batch, floats)
     with pytest.raises(ValueError, match="decoder_layers: v_scales: expected a float32 tensor"):
         run_fused(model, x, batch, bytes_)
+
+
+@pytest.mark.parametrize("name", ["norm_eps", "scale"])
+def test_scalars_that_float32_cannot_hold(name: str) -> None:
+    arguments = valid_arguments("decoder_layers") | {name: 1e39}
+    with pytest.raises(ValueError, match=f"decoder_layers: {name}: expected a number"):
+        ops.decoder_layers(**arguments)
 
 
 def test_threads_do_not_matter(set_num_threads: Callable[[int], None]) -> None:
