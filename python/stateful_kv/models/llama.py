@@ -10,7 +10,7 @@ activations) or dense (on any device, activations in their dtype).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,7 +57,14 @@ def _flat(linear: Projection) -> list[Tensor | None] | None:
     return [part.weight, part.scales, part.minimums, linear.bias]
 
 
-def _pass_tensors(batch: Batch, cache: LayeredCache) -> tuple[Any, ...]:
+_Scales = Tensor | None
+# Token ids to logit rows of a batch, K and V, their scales.
+_PassTensors = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, _Scales, _Scales
+]
+
+
+def _pass_tensors(batch: Batch, cache: LayeredCache) -> _PassTensors:
     """What every method of `_C.LayerStack` takes, in its order."""
     return (
         batch.token_ids,
