@@ -6,9 +6,10 @@ detokenising. Its peer `forward` is batch, forward pass and arg-max on the same 
 The time in kernels is what the profiler counts inside our ops. An op that the model calls from
 Python has the checks of its arguments and the allocation of its result in its time. With packed
 weights the forward pass is one call: only the kernels it runs count, each under the name of the op
-it belongs to; its checks and what `decoder_layers` does around them are the engine's time. Most of the profiler's cost lies
-between the kernels, some of it inside them: `overhead_over_kernels` sets plain steps against
-kernels that look that much longer, `overhead_at_most` counts all of the cost as the engine's.
+it belongs to; its checks and what `decoder_layers` does around them are the engine's time. Most of
+the profiler's cost lies between the kernels, some of it inside them: `overhead_over_kernels` sets
+plain steps against kernels that look that much longer, `overhead_at_most` counts all of the cost as
+the engine's.
 """
 
 from __future__ import annotations
