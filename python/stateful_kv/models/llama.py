@@ -10,6 +10,7 @@ activations) or dense (on any device, activations in their dtype).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -148,7 +149,6 @@ class LlamaModel:
         self.weights = weights
         self._scale = config.head_dim**-0.5
         self._window = config.sliding_window or 0
-        self._stack = self._layer_stack()
         # None with packed weights, and where no row count suits all products.
         self._rows = common(list(self.row_counts.values()))
 
@@ -172,7 +172,8 @@ class LlamaModel:
                     found["x".join(map(str, linear.weight.shape))] = linear.rows
         return found
 
-    def _layer_stack(self) -> _C.LayerStack | None:
+    @cached_property
+    def _stack(self) -> _C.LayerStack | None:
         """The model in one object, if all its products are of one packed part, else None.
 
         A file may store projections of one input in several formats.
