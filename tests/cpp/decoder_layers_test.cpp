@@ -214,7 +214,7 @@ TEST_F(DecoderLayers, WorkspaceIsKept) {
 TEST_F(DecoderLayers, WorkspaceRefusesWhatCannotBe) {
   const SmallModel small(false);
   cpu::DecoderWorkspace workspace;
-  for (const int64_t num_rows : {int64_t{1} << 52, std::numeric_limits<int64_t>::max()}) {
+  for (const int64_t num_rows : {int64_t{1} << 58, std::numeric_limits<int64_t>::max()}) {
     EXPECT_FALSE(workspace.prepare(small.model(), num_rows, 1, 0));
     EXPECT_TRUE(workspace.prepare(small.model(), 4, 1, 1));
   }
