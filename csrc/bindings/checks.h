@@ -222,6 +222,7 @@ class OpCheck {
   }
 
   const char* op() const { return op_; }
+  at::Device device() const { return device_; }
 
  private:
   // First byte, and one past the last one.

@@ -11,10 +11,8 @@ namespace skv::bindings {
 
 // Host memory only. offsets: int32[S + 1] from 0, ascending, to at most `num_rows`: the rows behind
 // the last one belong to no sequence.
-inline void check_row_offsets(const OpCheck& check, const char* name, const at::Tensor& offsets,
-                              int64_t num_rows, const char* counted = "rows") {
-  const int32_t* values = offsets.const_data_ptr<int32_t>();
-  const int64_t last = offsets.numel() - 1;
+inline void check_row_offsets(const OpCheck& check, const char* name, const int32_t* values,
+                              int64_t last, int64_t num_rows, const char* counted = "rows") {
   TORCH_CHECK_VALUE(values[0] == 0, check.op(), ": ", name, ": expected offsets that start at 0, ",
                     "got ", values[0]);
   for (int64_t i = 0; i < last; ++i) {
@@ -25,6 +23,12 @@ inline void check_row_offsets(const OpCheck& check, const char* name, const at::
   TORCH_CHECK_VALUE(values[last] <= num_rows, check.op(), ": ", name,
                     ": expected offsets up to the number of ", counted, " = ", num_rows, ", got ",
                     values[last]);
+}
+
+inline void check_row_offsets(const OpCheck& check, const char* name, const at::Tensor& offsets,
+                              int64_t num_rows, const char* counted = "rows") {
+  check_row_offsets(check, name, offsets.const_data_ptr<int32_t>(), offsets.numel() - 1, num_rows,
+                    counted);
 }
 
 // The same, up to exactly `total`, the number of `counted`.

@@ -116,17 +116,24 @@ inline void check_attention_head_dim(const OpCheck& check, const KvLayout& layou
               "a head dimension D that is a multiple of 16 and at most 256", layout.head_dim);
 }
 
+// Lengths and pages of the sequences of a batch, in host memory.
+struct SequenceValues {
+  const int32_t* pages;          // [S, M]
+  const int32_t* lengths;        // [S]
+  const int32_t* query_offsets;  // [S + 1]
+  int64_t num_sequences;         // S
+  int64_t max_pages;             // M
+  int64_t page_row_stride;
+};
+
 // Host memory only. The lengths fit the rows of the batch and the page table, and the pages that
 // will be read exist.
-inline void check_sequences(const OpCheck& check, const at::Tensor& page_table,
-                            const at::Tensor& seq_lens, const at::Tensor& query_offsets,
+inline void check_sequences(const OpCheck& check, const SequenceValues& values,
                             const KvLayout& layout) {
-  const int32_t* pages = page_table.const_data_ptr<int32_t>();
-  const int32_t* lengths = seq_lens.const_data_ptr<int32_t>();
-  const int32_t* offsets = query_offsets.const_data_ptr<int32_t>();
-  const int64_t capacity = page_table.size(1) * layout.page_size;
-  for (int64_t sequence = 0; sequence < seq_lens.numel(); ++sequence) {
-    const int64_t length = lengths[sequence];
+  const int32_t* offsets = values.query_offsets;
+  const int64_t capacity = values.max_pages * layout.page_size;
+  for (int64_t sequence = 0; sequence < values.num_sequences; ++sequence) {
+    const int64_t length = values.lengths[sequence];
     const int64_t num_rows = offsets[sequence + 1] - offsets[sequence];
     TORCH_CHECK_VALUE(length >= num_rows, check.op(), ": seq_lens: expected at least the ",
                       num_rows, " new rows of sequence ", sequence, ", got ", length);
@@ -134,13 +141,23 @@ inline void check_sequences(const OpCheck& check, const at::Tensor& page_table,
                       ": seq_lens: expected at most M * B = ", capacity, ", got ", length,
                       " for sequence ", sequence);
     const int64_t num_pages = (length + layout.page_size - 1) / layout.page_size;
-    const int32_t* row = pages + sequence * page_table.stride(0);
+    const int32_t* row = values.pages + sequence * values.page_row_stride;
     for (int64_t i = 0; i < num_pages; ++i) {
       TORCH_CHECK_VALUE(row[i] >= 0 && row[i] < layout.num_pages, check.op(),
                         ": page_table: expected page ids in [0, P = ", layout.num_pages, "), got ",
                         row[i], " at [", sequence, ", ", i, "]");
     }
   }
+}
+
+inline void check_sequences(const OpCheck& check, const at::Tensor& page_table,
+                            const at::Tensor& seq_lens, const at::Tensor& query_offsets,
+                            const KvLayout& layout) {
+  check_sequences(check,
+                  {page_table.const_data_ptr<int32_t>(), seq_lens.const_data_ptr<int32_t>(),
+                   query_offsets.const_data_ptr<int32_t>(), seq_lens.numel(), page_table.size(1),
+                   page_table.stride(0)},
+                  layout);
 }
 
 // Host memory only, after check_sequences. The groups cover all sequences, and those of a group

@@ -102,25 +102,33 @@ inline void check_new_rows(const OpCheck& check, const char* name, const at::Ten
 }
 
 // Host memory only. slots: int64[N], each -1 or in [0, P * B).
-inline void check_slot_values(const OpCheck& check, const at::Tensor& slots,
+inline void check_slot_values(const OpCheck& check, const int64_t* values, int64_t num_rows,
                               const KvLayout& layout) {
-  const int64_t* values = slots.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < slots.numel(); ++i) {
+  for (int64_t i = 0; i < num_rows; ++i) {
     TORCH_CHECK_VALUE(values[i] >= -1 && values[i] < layout.num_slots(), check.op(),
                       ": slots: expected -1 or a slot in [0, P * B = ", layout.num_slots(),
                       "), got ", values[i], " at index ", i);
   }
 }
 
+inline void check_slot_values(const OpCheck& check, const at::Tensor& slots,
+                              const KvLayout& layout) {
+  check_slot_values(check, slots.const_data_ptr<int64_t>(), slots.numel(), layout);
+}
+
 // Host memory only. positions: int32[N], each in [0, num_positions).
-inline void check_positions(const OpCheck& check, const at::Tensor& positions,
+inline void check_positions(const OpCheck& check, const int32_t* values, int64_t num_rows,
                             int64_t num_positions) {
-  const int32_t* values = positions.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < positions.numel(); ++i) {
+  for (int64_t i = 0; i < num_rows; ++i) {
     TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < num_positions, check.op(),
                       ": positions: expected positions in [0, rows of cos_sin = ", num_positions,
                       "), got ", values[i], " at index ", i);
   }
+}
+
+inline void check_positions(const OpCheck& check, const at::Tensor& positions,
+                            int64_t num_positions) {
+  check_positions(check, positions.const_data_ptr<int32_t>(), positions.numel(), num_positions);
 }
 
 }  // namespace skv::bindings
