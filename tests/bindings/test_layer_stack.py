@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stateful_kv.batch import Batch
 from torch import Tensor
 
 from stateful_kv._native import _C
+from stateful_kv.kv.batch import Batch
 from stateful_kv.models.llama import LlamaModel, _pass_tensors
 from tests.ops.comparing import assert_same_bits
 from tests.ops.test_decoder_layers import (
