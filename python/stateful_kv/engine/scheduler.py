@@ -66,7 +66,6 @@ class Scheduler:
 
     def submit(self, operation: Callable[[], T]) -> Future[T]:
         """Hands an operation to the engine's thread, which is started if need be."""
-        self.owner.start()
         return self.owner.submit(operation)
 
     def post(self, operation: Callable[[], object]) -> None:

@@ -141,10 +141,12 @@ class Owner:
 
     def stop(self) -> None:
         """Ends the engine's thread, if it has one, after the operation that it is in."""
-        thread, self._thread = self._thread, None
-        if thread is not None and thread is not threading.current_thread():
-            self._inbox.put(None)
-            thread.join()
+        # Under the lock: what is handed over before is done, and what comes after sees no thread.
+        with self._start_lock:
+            thread, self._thread = self._thread, None
+            if thread is not None and thread is not threading.current_thread():
+                self._inbox.put(None)
+                thread.join()
 
     def post(self, operation: Callable[[], Any]) -> None:
         """Leaves an operation for the owner and returns at once.
@@ -161,10 +163,12 @@ class Owner:
             self.run(lambda: None)
 
     def submit(self, operation: Callable[[], T]) -> Future[T]:
-        """Hands an operation to the engine's thread."""
+        """Hands an operation to the engine's thread, which is started if need be."""
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # it runs, whoever gives up waiting
-        self._inbox.put(_Posted(operation, future))
+        posted = _Posted(operation, future)
+        while not self._hand_over(posted):
+            self.start()
         return future
 
     def perform(self, operation: Callable[[], T]) -> T:
@@ -176,6 +180,14 @@ class Owner:
         if self._inside == get_ident():
             raise SessionBusyError("the engine is in the middle of a step, which called it again")
         return self.run(operation) if self.is_inline() else self.submit(operation).result()
+
+    def _hand_over(self, posted: _Posted) -> bool:
+        """False if there is no thread to take it."""
+        with self._start_lock:
+            if self._thread is None:
+                return False
+            self._inbox.put(posted)
+            return True
 
     def run(self, operation: Callable[[], T]) -> T:
         """Runs an operation in the calling thread, which must be the one that does the work."""
