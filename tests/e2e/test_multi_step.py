@@ -1,6 +1,7 @@
 """Several steps between two looks of the host give what as many single steps give.
 
-Engines that make visits are compared with engines that take single steps: replies, books, KV.
+Engines that take several steps at once are compared with engines that take single steps:
+replies, books, KV.
 """
 
 from __future__ import annotations
@@ -70,12 +71,12 @@ class TestSameReplies:
             texts = []
             for turn, message in enumerate(MESSAGES):
                 items = [
-                    (one, f"{message} {index * turn}")
-                    for index, one in enumerate(sessions)
+                    (session, f"{message} {index * turn}")
+                    for index, session in enumerate(sessions)
                     if (index + turn) % 3 < 2
                 ]
                 texts += [r.token_ids for r in engine.gather(items, 10 + 7 * turn)]
-            replies.append((texts, [one.token_ids for one in sessions]))
+            replies.append((texts, [session.token_ids for session in sessions]))
             assert (multi_step(engine).num_syncs > 0) is bool(config)
         assert replies[0] == replies[1]
 
@@ -103,8 +104,8 @@ class TestSameReplies:
     def test_max_tokens(self, make_engine: MakeEngine, max_tokens: int) -> None:
         engine = make_engine(CountingUp(), num_steps_per_sync=4, draft=False)
         single = make_engine(CountingUp())
-        for one in (engine, single):
-            session = one.session()
+        for each in (engine, single):
+            session = each.session()
             for message in ("a", "b"):
                 reply = session.turn(message, max_tokens=max_tokens)
                 assert (len(reply.token_ids), reply.finish_reason) == (max_tokens, "length")
@@ -123,12 +124,12 @@ class TestSameReplies:
     def test_a_session_goes_on_after_the_model_was_changed_for_single_steps(
         self, make_engine: MakeEngine
     ) -> None:
-        """Tokens of ordinary steps between visits reach the device with the next one."""
+        """Tokens of plain steps between two multi-steps reach the device with the next one."""
         single = make_engine(CountingUp()).session()
         session = make_engine(CountingUp(), num_steps_per_sync=3).session()
         for sampling in ({}, {"presence_penalty": 0.5}, {}, {"frequency_penalty": 0.5}, {}):
-            for one in (single, session):
-                one.turn("x", max_tokens=11, **sampling)
+            for each in (single, session):
+                each.turn("x", max_tokens=11, **sampling)
         assert session.token_ids == single.token_ids
 
 
@@ -146,7 +147,7 @@ class TestStops:
 
     @pytest.mark.parametrize("steps", STEPS)
     @pytest.mark.parametrize("draft", [True, False])
-    def test_stop_strings_in_the_middle_of_a_visit(
+    def test_stop_strings_in_the_middle_of_a_multi_step(
         self, make_engine: MakeEngine, steps: int, draft: bool
     ) -> None:
         script = [FIRST_BYTE + byte for byte in b"abcabcabcabcX stop here, abcabc"]
@@ -207,7 +208,7 @@ class TestBooks:
         assert replies[1].receipt.accepted_tokens > 0
 
     def test_the_host_drafter_follows(self, make_engine: MakeEngine) -> None:
-        """After visits a single step drafts from all of the text."""
+        """After a multi-step a plain step drafts from all of the text."""
         engine = make_engine(num_steps_per_sync=8)
         session = engine.session()
         play(session, MESSAGES * 2)

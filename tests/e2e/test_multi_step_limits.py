@@ -1,4 +1,4 @@
-"""When visits are made and how large they are: who waits, pages, what is sent to the device."""
+"""When several steps are taken at once and how many: streams, pages, what is sent to the device."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class TestUploads:
     def test_more_sessions_than_rows(
         self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("stateful_kv.engine.loop.token_store.TokenStore.NUM_SLOTS", 2)
+        monkeypatch.setattr("stateful_kv.engine.loop.token_store.TokenStore.NUM_ROWS", 2)
         texts = []
         for steps in (1, 3):
             engine = make_engine(num_steps_per_sync=steps)
@@ -208,7 +208,7 @@ class Launches(TorchDispatchMode):
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         self.calls.append((str(func), tuple((t.shape, t.stride(), t.dtype) for t in tensors)))
         return func(*args, **(kwargs or {}))
 
@@ -231,7 +231,7 @@ def test_a_step_is_the_same_launches_every_time(
     engine = make_engine(num_steps_per_sync=4, is_recorded=False)
     sessions = [engine.session() for _ in range(3)]
     for message in MESSAGES:
-        items = [(one, message * (1 + index)) for index, one in enumerate(sessions)]
+        items = [(session, message * (1 + index)) for index, session in enumerate(sessions)]
         engine.gather(items, max_tokens=30, **sampling)
     assert sum(map(len, seen.values())) > 40
     for steps in seen.values():
@@ -271,10 +271,10 @@ class TestGraphs:
         play(session)
         recorded = dict(multi_step(engine).loop._recorded)
         assert recorded
-        assert all(one.replay is not None for one in recorded.values())
+        assert all(step.replay is not None for step in recorded.values())
         play(session, MESSAGES[:1])
         assert all(
-            multi_step(engine).loop._recorded[shape] is one for shape, one in recorded.items()
+            multi_step(engine).loop._recorded[shape] is step for shape, step in recorded.items()
         )
 
     def test_a_replay_reads_what_is_there_then(self) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from stateful_kv._native import _C
 from stateful_kv.drafts.costs import CostCurve
-from stateful_kv.drafts.policy import MAX_MATCH, MIN_MATCH, DraftPolicy
+from stateful_kv.drafts.policy import MAX_N, MIN_N, DraftPolicy
 from stateful_kv.drafts.proposer import NO_DRAFT, Draft, StepLoad
 from stateful_kv.types import TokenArray
 
@@ -29,7 +29,7 @@ class NgramDrafter:
 
     def __init__(self, max_draft: int, costs: CostCurve) -> None:
         self.policy = DraftPolicy(max_draft, costs)
-        self._index = _C.NgramIndex(MIN_MATCH, MAX_MATCH)
+        self._index = _C.NgramIndex(MIN_N, MAX_N)
         self._size = 0
 
     def propose(self, tokens: TokenArray, limit: int) -> Draft:
