@@ -228,10 +228,13 @@ class TestBooks:
         observed: list[tuple[int, int]] = []
 
         def propose(turns: Any, max_draft: int) -> list[Draft]:
-            last = [turn.state.ledger.tokens[-1] - FIRST_BYTE for turn in turns]
-            step = 1 if right else 2
-            ids = [[FIRST_BYTE + (n + step * i) % 200 for i in (1, 2, 3)] for n in last]
-            return [Draft(np.array(one, dtype=np.int32), 5, "test") for one in ids]
+            drafts = []
+            for turn in turns:
+                ids = [int(turn.state.ledger.tokens[-1]) + (not right)]
+                for _ in range(3):
+                    ids.append(FIRST_BYTE + (ids[-1] + 1) % 200)  # as the model counts
+                drafts.append(Draft(np.array(ids[1:], dtype=np.int32), 5, "test"))
+            return drafts
 
         def observe(self: Any, draft: Draft, num_accepted: int) -> None:
             observed.append((len(draft), num_accepted))
