@@ -110,7 +110,8 @@ class Scheduler:
 
     def running_turn(self, state: SessionState) -> Turn | None:
         """The turn that makes a session busy."""
-        return next((turn for turn in self.turns if turn.state is state), None)
+        turns = (turn for turn in self.turns if turn.state is state)
+        return next((turn for turn in turns if not turn.is_settled), None)
 
     def wait_until_idle(self, state: SessionState) -> None:
         """Returns when no turn of the session runs.
@@ -235,7 +236,7 @@ class Scheduler:
             for turn in self.turns:
                 if not turn.has_reader:
                     turn.fail(KeyboardInterrupt())
-            self._prune()
+        self._prune()
 
     def recover(self, error: BaseException | None) -> None:
         """Makes the state whole after an operation that was cut off."""

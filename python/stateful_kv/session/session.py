@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -163,8 +164,7 @@ class Session:
         try:
             await wait_for(turn.settled)
         except BaseException as error:
-            cut_off = error
-            await give_up(self._host, lambda: turn.withdraw(cut_off), cut_off)
+            await give_up(self._host, lambda: turn.withdraw(asyncio.CancelledError()), error)
             raise
         return self._collect(turn)
 
@@ -288,15 +288,14 @@ class Session:
         try:
             await wait_for(opened)
         except BaseException as error:
-            cut_off = error
 
             def withdraw() -> None:
                 # Behind the operation that opens the turn: it has been run.
                 turn = None if opened.exception() else opened.result()
                 if turn is not None:
-                    turn.withdraw(cut_off)
+                    turn.withdraw(asyncio.CancelledError())
 
-            await give_up(self._host, withdraw, cut_off)
+            await give_up(self._host, withdraw, error)
             raise
         return opened.result()
 

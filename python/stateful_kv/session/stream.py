@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -135,10 +136,9 @@ class AsyncTurnStream(AsyncIterator[str]):
             if not turn.is_settled:
                 await finish(self._host.submit(turn.close_books))
         except BaseException as error:
-            cut_off = error
             self._is_over = True
             turn.has_reader = False
-            await give_up(self._host, lambda: turn.withdraw(cut_off), cut_off)
+            await give_up(self._host, lambda: turn.withdraw(asyncio.CancelledError()), error)
             raise
         self._is_over = True
         self._keep_reply(turn.reply)
