@@ -6,6 +6,7 @@
 # plays no part: a login node may build for a compute node.
 include_guard(DIRECTORY)
 include(${PROJECT_SOURCE_DIR}/cmake/CudaToolkit.cmake)
+include(${PROJECT_SOURCE_DIR}/cmake/Instantiate.cmake)
 option(STATEFUL_KV_CUDA_ASSERTS "Check ids in device memory inside the CUDA kernels" OFF)
 
 set(SKV_CUDA_ENABLED FALSE)
@@ -60,7 +61,8 @@ if(SKV_CUDA_ENABLED)
   # the linking target that decides, so this is set for the whole directory.
   set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)
   file(GLOB skv_cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/kernels/cuda/*.cu)
-  add_library(skv_cuda STATIC ${skv_cuda_sources})
+  skv_instantiate_kernels(skv_instantiated_sources)
+  add_library(skv_cuda STATIC ${skv_cuda_sources} ${skv_instantiated_sources})
   skv_configure_cuda_target(skv_cuda)
   target_include_directories(skv_cuda SYSTEM INTERFACE
     ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})

@@ -5,6 +5,7 @@
 # Include it from the top directory, after csrc/bindings.
 include_guard(GLOBAL)
 include(${PROJECT_SOURCE_DIR}/cmake/CudaToolkit.cmake)
+include(${PROJECT_SOURCE_DIR}/cmake/Instantiate.cmake)
 
 if(TARGET skv_cuda)
   # A real CUDA build compiles the same files anyway.
@@ -23,7 +24,9 @@ endif()
 skv_enable_cuda()
 
 file(GLOB skv_cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/kernels/cuda/*.cu)
-add_library(skv_cuda_check OBJECT EXCLUDE_FROM_ALL ${skv_cuda_sources})
+skv_instantiate_kernels(skv_instantiated_sources)
+add_library(skv_cuda_check OBJECT EXCLUDE_FROM_ALL
+  ${skv_cuda_sources} ${skv_instantiated_sources})
 skv_configure_cuda_target(skv_cuda_check)
 # What each kernel needs, kept beside its object for scripts/checks/cuda_report.py.
 target_compile_options(skv_cuda_check PRIVATE -Xptxas=-v)
@@ -41,7 +44,7 @@ if(NOT EXISTS "${STATEFUL_KV_TORCH_DIR}/include/c10/cuda/impl/cuda_cmake_macros.
   file(CONFIGURE OUTPUT ${skv_cuda_stand_in}/c10/cuda/impl/cuda_cmake_macros.h
     CONTENT "#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
 endif()
-file(GLOB skv_cuda_bindings CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/bindings/*_cuda.cpp)
+file(GLOB skv_cuda_bindings CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/bindings/ops/*/cuda.cpp)
 add_library(skv_cuda_bindings_check OBJECT EXCLUDE_FROM_ALL ${skv_cuda_bindings})
 target_include_directories(skv_cuda_bindings_check PRIVATE ${PROJECT_SOURCE_DIR})
 target_include_directories(skv_cuda_bindings_check SYSTEM PRIVATE

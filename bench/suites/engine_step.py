@@ -4,11 +4,12 @@ The step has everything: planning, page reservation, the batch, the forward pass
 detokenising. Its peer `forward` is batch, forward pass and arg-max on the same context.
 
 The time in kernels is what the profiler counts inside our ops. An op that the model calls from
-Python has the checks of its arguments and the allocation of its result in its time. All layers are
-one op, `decoder_layers`: only the kernels it runs count, each under the name of the op it belongs
-to; its own checks and allocations count as the engine's time. Most of the profiler's cost lies
-between the kernels, some of it inside them: `overhead_over_kernels` sets plain steps against
-kernels that look that much longer, `overhead_at_most` counts all of the cost as the engine's.
+Python has the checks of its arguments and the allocation of its result in its time. With packed
+weights the forward pass is one call: only the kernels it runs count, each under the name of the op
+it belongs to; its checks and what `decoder_layers` does around them are the engine's time. Most of
+the profiler's cost lies between the kernels, some of it inside them: `overhead_over_kernels` sets
+plain steps against kernels that look that much longer, `overhead_at_most` counts all of the cost as
+the engine's.
 """
 
 from __future__ import annotations

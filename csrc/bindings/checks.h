@@ -11,8 +11,10 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -196,6 +198,18 @@ class OpCheck {
     }
   }
 
+  // A number that the kernels use as float32: not one that becomes infinite there, or that is not 0
+  // and becomes 0. The check is before the conversion, which is undefined outside the range.
+  void float32(const char* name, double number, bool may_be_negative = false) const {
+    const double magnitude = std::abs(number);
+    const bool fits = number == 0 || (magnitude <= std::numeric_limits<float>::max() &&
+                                      static_cast<float>(magnitude) > 0.0F);
+    value(name, fits && (may_be_negative || number >= 0),
+          may_be_negative ? "a finite number that float32 can hold"
+                          : "a finite number >= 0 that float32 can hold",
+          number);
+  }
+
   // Of two tensors of which one or both are written: no element of `tensor` may lie between the
   // first and the last one of `other`.
   void own_memory(const char* name, const at::Tensor& tensor, const char* other_name,
@@ -208,6 +222,7 @@ class OpCheck {
   }
 
   const char* op() const { return op_; }
+  at::Device device() const { return device_; }
 
  private:
   // First byte, and one past the last one.

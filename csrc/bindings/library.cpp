@@ -1,7 +1,6 @@
 // The schemas of all ops. A mutating op returns nothing (but for rms_norm with its residual) and
-// marks every tensor it writes; kernels are registered by device key in ops of the matching name
-// (*_ops_cpu.cpp, *_ops_cuda.cpp), fake kernels and documentation are in
-// python/stateful_kv/ops.
+// marks every tensor it writes; kernels are registered by device key in the room of their area
+// (ops/*/cpu.cpp, ops/*/cuda.cpp), fake kernels and documentation are in the package stateful_kv.ops.
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>
 

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "csrc/bindings/layers/layer_stack.h"
 #include "csrc/bindings/state/state_objects.h"
 #include "csrc/core/assert.h"
 #include "csrc/core/references.h"
@@ -101,6 +102,7 @@ PYBIND11_MODULE(_C, module) {
   BusyFlag::watch_forks();
   bind_pages(module);
   bind_indexes(module);
+  bind_layers(module);
   bind_info(module);
   module.def("check_references", &check_references_of, py::arg("pool"), py::arg("table"),
              py::arg("trees"));

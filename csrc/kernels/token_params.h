@@ -116,7 +116,8 @@ struct AdvanceSequencesParams {
   int32_t* history;              // [S, L]
   int32_t* lengths;              // [S]
   int32_t* num_left;             // [S]
-  int32_t* counts;               // [S, 3], steps, drafted tokens, accepted tokens
+  int32_t* counts;               // [S, 3], steps, drafted tokens, accepted tokens; they stay at
+                                 // 2^31 - 1
   int64_t num_sequences;         // S
   int64_t capacity;              // L
   int64_t num_stop_ids;          // E

@@ -23,6 +23,7 @@ from stateful_kv.errors import (
     OutOfPagesError,
     SessionBusyError,
     SessionClosedError,
+    StateBusyError,
     StatefulKVError,
     WorkflowError,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "Session",
     "SessionBusyError",
     "SessionClosedError",
+    "StateBusyError",
     "StatefulKVError",
     "WorkflowError",
     "build_info",

@@ -2,7 +2,8 @@
 """Checks which layer includes or imports which (docs/architecture.md); Python layers: lint-imports.
 
 Core is the C++ standard library, but for what the thread pool needs of the system. Kernels see four
-small headers of core and no torch. Bindings are the only folder with torch and pybind11.
+small headers of core and no torch. Bindings are the only folder with torch and pybind11; the ops
+among them know no state objects.
 Only stateful_kv/ops touches `torch.ops`, and the references of the tests use none of our code.
 """
 
@@ -47,6 +48,10 @@ def include_error(folder: str, path: Path, quoted: bool, name: str) -> str | Non
             return f"of core, kernels include only {', '.join(sorted(CORE_FOR_KERNELS))}"
         if layer not in ("core", "kernels"):
             return f"kernels do not know csrc/{layer}"
+    if path.as_posix().startswith("csrc/bindings/ops/") and (
+        name.startswith(("csrc/core/", "csrc/bindings/state/"))
+    ):
+        return "ops see no state objects: page tables and offsets come as tensors"
     if folder == "tests/cpp" and name.startswith("csrc/bindings/"):
         return "C++ tests build without the bindings"
     return None

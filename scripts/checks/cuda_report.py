@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 BINDINGS = ROOT / "csrc" / "bindings"
 # Where the target cuda_check of cmake/CudaCheck.cmake leaves objects, and their logs beside them.
-OBJECTS = Path("CMakeFiles", "skv_cuda_check.dir", "csrc", "kernels", "cuda")
+OBJECTS = Path("CMakeFiles", "skv_cuda_check.dir")
+INSTANTIATED = "instantiated"  # folder of the sources that CMake writes, inside the build folder
 ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)a?'")
 STACK = re.compile(r"(\d+) bytes stack frame")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -79,8 +80,9 @@ def readable_names(names: list[str]) -> dict[str, str]:
 def read_logs(build: Path) -> list[Kernel]:
     """The kernels of every .cu file, in the order of the table."""
     kernels: list[Kernel] = []
-    for source in sorted(KERNELS.glob("*.cu")):
-        log = build / OBJECTS / f"{source.name}.o.log"
+    folders = {KERNELS: KERNELS.relative_to(ROOT), build / INSTANTIATED: Path(INSTANTIATED)}
+    for source in sorted(path for folder in folders for path in folder.glob("*.cu")):
+        log = build / OBJECTS / folders[source.parent] / f"{source.name}.o.log"
         if not log.is_file():
             sys.exit(f"{source.name}: no log {log}; run `make cuda-check` first")
         kernels += parse_log(log.read_text(), source.name)
@@ -99,9 +101,9 @@ def read_logs(build: Path) -> list[Kernel]:
 
 
 def ops_without_kernel() -> list[str]:
-    """Ops of the schema that no *_cuda.cpp registers."""
+    """Ops of the schema that no cuda.cpp registers."""
     defined = re.findall(r'm\.def\(\s*"(\w+)\(', (BINDINGS / "library.cpp").read_text())
-    sources = "".join(path.read_text() for path in BINDINGS.glob("*_cuda.cpp"))
+    sources = "".join(path.read_text() for path in BINDINGS.glob("ops/*/cuda.cpp"))
     return sorted(set(defined) - set(re.findall(r'm\.impl\(\s*"(\w+)"', sources)))
 
 

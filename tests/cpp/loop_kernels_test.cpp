@@ -35,6 +35,37 @@ TEST(FillRows, PacksTheRowsAndPadsTheRest) {
   EXPECT_EQ(seq_lens, (Ints{5, 2, 0, 0}));
 }
 
+TEST(FillRows, WritesNoMoreRowsThanThereAre) {
+  // Differences that are no int32, and drafts longer than any: at most K + 1 rows a sequence.
+  constexpr int32_t kLow = std::numeric_limits<int32_t>::min();
+  constexpr int32_t kHigh = std::numeric_limits<int32_t>::max();
+  const Ints history{1, 2, 3, 4, 5, 6, 7, 8}, lengths{2, 1, 2, 1}, num_left{kHigh, kHigh, 3, kLow};
+  const Ints kv_limits{kLow, kHigh, kHigh, kHigh}, num_draft{30000, kHigh, kLow, 1};
+  const Ints draft_ids{10, 11, 12, 13}, page_table{0, 1, 2, 3};
+  Longs tokens(8, 77), slots(8, 77), sequences(8, 77);
+  Ints positions(8, 77), seq_lens(4, 77), offsets(5, 77);
+  cpu::fill_rows({history.data(), lengths.data(), num_left.data(), kv_limits.data(),
+                  draft_ids.data(), num_draft.data(), page_table.data(), tokens.data(),
+                  positions.data(), slots.data(), seq_lens.data(), offsets.data(), sequences.data(),
+                  4, 2, 1, 1, 4});
+  EXPECT_EQ(offsets, (Ints{0, 0, 2, 3, 3}));
+  EXPECT_EQ(tokens, (Longs{3, 11, 6, 0, 0, 0, 0, 0}));
+  EXPECT_EQ(slots, (Longs{4, 5, 9, -1, -1, -1, -1, -1}));
+  EXPECT_EQ(seq_lens, (Ints{0, 2, 2, 0}));
+}
+
+TEST(AdvanceSequences, CountsStayAtTheLargestNumber) {
+  constexpr int32_t kHigh = std::numeric_limits<int32_t>::max();
+  const Longs fed{1, 2, 3}, targets{2, 3, 4};
+  const std::vector<float> values(3, 0.5f);
+  const Ints offsets{0, 3}, stops{};
+  Ints history(8, 0), lengths{1}, num_left{kHigh}, counts{kHigh, kHigh - 1, kHigh - 1};
+  cpu::advance_sequences({fed.data(), targets.data(), values.data(), offsets.data(), stops.data(),
+                          history.data(), lengths.data(), num_left.data(), counts.data(), 1, 8, 0});
+  EXPECT_EQ(counts, (Ints{kHigh, kHigh, kHigh}));
+  EXPECT_EQ(num_left, (Ints{kHigh - 3}));
+}
+
 TEST(AdvanceSequences, EndsEachRunWhereItEnds) {
   // All agree; refused at once; a stop token; the last token; no rows; a bad value; padding.
   const Longs fed{1, 2, 3, 1, 2, 1, 2, 3, 1, 2, 3, 1, 2, 0};

@@ -112,7 +112,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_silent_fall_back() -> Iterator[None]:
-    """A visit that fails warns; where a test does not expect that, it fails."""
+    """A multi-step that fails warns; where a test does not expect that, it fails."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "several steps at once failed")
         yield

@@ -1,4 +1,4 @@
-"""What the tests of visits share: engines that make them, and what a session is compared by."""
+"""What the tests of multi-step share: engines that take them, and what a session is compared by."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def kv_of(session: Session) -> list[bytes]:
     """Keys and values of all tokens with KV, read through the page table."""
     state, cache = session._state, session._state.cache
     pages = cache.page_table(state.sequence_id).long()
-    pools = [one for one in (cache.k, cache.v, cache.k_scales, cache.v_scales) if one is not None]
+    pools = [
+        pool for pool in (cache.k, cache.v, cache.k_scales, cache.v_scales) if pool is not None
+    ]
     found = []
     for pool in pools:
         tokens = pool[:, pages].transpose(2, 3).flatten(1, 2)[:, : state.committed_len]

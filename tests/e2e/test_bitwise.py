@@ -46,8 +46,8 @@ def recorder(engine: Engine) -> Recorder:
         *itertools.product(["packed"], ["int8"], [1, 2], [1, 7, 1024]),
         *itertools.product(["cpu"], ["float16", "float32", "int8"], [1], [1, 7, 1024]),
         *(
-            pytest.param(*one.values, kv_dtype, 1, size, marks=one.marks)
-            for one in CUDA
+            pytest.param(*device.values, kv_dtype, 1, size, marks=device.marks)
+            for device in CUDA
             for kv_dtype, size in itertools.product(["bfloat16", "int8"], [1, 7, 16, 1024])
         ),
     ],
@@ -94,8 +94,8 @@ def test_page_size_does_not_matter(make_engine: MakeEngine, page_size: int, kv_d
         ("packed", PENALISED, 3, "float16"),
         *(("cpu", sampling, 1, "float16") for sampling in SETTINGS),
         *(
-            pytest.param(*one.values, sampling, 1, "bfloat16", marks=one.marks)
-            for one in CUDA
+            pytest.param(*device.values, sampling, 1, "bfloat16", marks=device.marks)
+            for device in CUDA
             for sampling in SETTINGS
         ),
     ],

@@ -225,7 +225,7 @@ class TestFile:
                 cost_file.store(KEY, curve)
                 assert cost_file.load(KEY) in (CURVE, COSTS)
 
-        threads = [threading.Thread(target=write, args=(one,)) for one in (CURVE, COSTS) * 2]
+        threads = [threading.Thread(target=write, args=(curve,)) for curve in (CURVE, COSTS) * 2]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from stateful_kv.drafts.costs import CostCurve
-from stateful_kv.drafts.policy import ALONE, MAX_MATCH, MIN_MATCH, DraftPolicy, StepLoad
+from stateful_kv.drafts.policy import ALONE, MAX_N, MIN_N, DraftPolicy, StepLoad
 from tests.e2e.tiny import COSTS
 
 CHEAP = CostCurve((1, 2, 8), (8e-3, 8.1e-3, 9e-3))
@@ -24,9 +24,9 @@ def taught(costs: CostCurve, num_drafted: int, num_accepted: int, times: int = 8
     policy = DraftPolicy(7, costs)
     policy.draft_len(0, 0)
     for _ in range(10):
-        policy.observe(MAX_MATCH, 7, 7)
+        policy.observe(MAX_N, 7, 7)
     for _ in range(times):
-        policy.observe(MAX_MATCH, num_drafted, num_accepted)
+        policy.observe(MAX_N, num_drafted, num_accepted)
     policy._account_s = 1e9
     return policy
 
@@ -41,7 +41,7 @@ class Run:
         self.num_tokens = self.num_drafted = self.num_accepted = 0
         self.seconds = self.plain_seconds = 0.0
 
-    def step(self, verdict: Verdict, match_len: int = MAX_MATCH) -> int:
+    def step(self, verdict: Verdict, match_len: int = MAX_N) -> int:
         """One step; returns the length of its draft."""
         context = self.context + self.num_tokens
         length = self.policy.draft_len(match_len, self.policy.max_draft, context)
@@ -93,7 +93,7 @@ class TestBound:
     ) -> None:
         run = Run(costs, context, max_draft)
         while run.num_tokens < 3000:
-            run.step(verdict, MAX_MATCH if run.num_tokens % 3 else MIN_MATCH)
+            run.step(verdict, MAX_N if run.num_tokens % 3 else MIN_N)
             if run.num_tokens >= 50:
                 assert run.slow_down <= 1.02, run.num_tokens
 
@@ -118,11 +118,11 @@ class TestBound:
 class TestLength:
     def test_none_where_rows_are_dear(self) -> None:
         policy = taught(DEAR, 7, 7)
-        assert policy.acceptance(MAX_MATCH) > 0.99
-        assert policy.draft_len(MAX_MATCH, 7) == 0
+        assert policy.acceptance(MAX_N) > 0.99
+        assert policy.draft_len(MAX_N, 7) == 0
 
     def test_long_where_rows_are_cheap(self) -> None:
-        assert taught(CHEAP, 7, 7).draft_len(MAX_MATCH, 7) == 7
+        assert taught(CHEAP, 7, 7).draft_len(MAX_N, 7) == 7
         run = Run(CHEAP)
         lengths = [run.step(accept) for _ in range(30)]
         assert lengths[-1] == 7
@@ -134,12 +134,12 @@ class TestLength:
             for context in (0, 500, 6000):
                 for times in range(12):
                     policy = taught(costs, 7, 0, times)
-                    p = policy.acceptance(MAX_MATCH)
+                    p = policy.acceptance(MAX_N)
                     rates = [
                         sum(p**i for i in range(k + 1)) / costs.total(1 + k, context)
                         for k in range(8)
                     ]
-                    length = policy.draft_len(MAX_MATCH, 7, context)
+                    length = policy.draft_len(MAX_N, 7, context)
                     if rates.index(max(rates)):
                         assert length == rates.index(max(rates))
                     else:
@@ -149,16 +149,16 @@ class TestLength:
         costs = replace(COSTS, per_token=0.0, per_row_token=5e-6)
         policy = taught(costs, 2, 1, 20)
         policy._long.probe_every = 64
-        lengths = [policy.copy().draft_len(MAX_MATCH, 7, context) for context in (0, 10**6)]
+        lengths = [policy.copy().draft_len(MAX_N, 7, context) for context in (0, 10**6)]
         assert lengths[0] >= 1 > lengths[1]
 
     def test_rows_of_others_make_rows_dear(self) -> None:
         """Where the next rows are nearly free alone, behind those of a prompt they are not."""
         costs = CostCurve((1, 4, 8), (8e-3, 8.2e-3, 16e-3))
         policy = taught(costs, 2, 1, 20)
-        alone = policy.copy().draft_len(MAX_MATCH, 7, 0, ALONE)
-        beside_rows = policy.copy().draft_len(MAX_MATCH, 7, 0, StepLoad(4, 4))
-        beside_prompt = policy.copy().draft_len(MAX_MATCH, 7, 0, StepLoad(1, 500))
+        alone = policy.copy().draft_len(MAX_N, 7, 0, ALONE)
+        beside_rows = policy.copy().draft_len(MAX_N, 7, 0, StepLoad(4, 4))
+        beside_prompt = policy.copy().draft_len(MAX_N, 7, 0, StepLoad(1, 500))
         assert alone >= 2
         assert beside_rows < alone
         assert beside_prompt < alone
@@ -167,11 +167,11 @@ class TestLength:
         for max_draft in (0, 1, 2, 20):
             policy = DraftPolicy(max_draft, CHEAP)
             for _ in range(50):
-                length = policy.draft_len(MAX_MATCH, 20)
-                policy.observe(MAX_MATCH, length, length)
-            assert policy.draft_len(MAX_MATCH, 20) == max_draft
-            assert policy.draft_len(MAX_MATCH, 1) == min(1, max_draft)
-            assert policy.draft_len(MIN_MATCH - 1, 20) == 0
+                length = policy.draft_len(MAX_N, 20)
+                policy.observe(MAX_N, length, length)
+            assert policy.draft_len(MAX_N, 20) == max_draft
+            assert policy.draft_len(MAX_N, 1) == min(1, max_draft)
+            assert policy.draft_len(MIN_N - 1, 20) == 0
 
 
 class TestRecovery:
@@ -191,18 +191,18 @@ class TestRecovery:
     def test_one_kind_of_match_does_not_starve_the_other(self) -> None:
         run = Run(COSTS)
         for _ in range(300):
-            run.step(refuse, MIN_MATCH)
+            run.step(refuse, MIN_N)
         lengths = []
         for _ in range(100):
-            run.step(accept, MAX_MATCH)
-            lengths.append(run.step(accept, MIN_MATCH))
+            run.step(accept, MAX_N)
+            lengths.append(run.step(accept, MIN_N))
         assert max(lengths) > 1
 
     def test_a_copy_learns_on_its_own(self) -> None:
         policy = taught(COSTS, 7, 7)
         copy = policy.copy()
-        assert copy.draft_len(MAX_MATCH, 7) == policy.draft_len(MAX_MATCH, 7) == 7
+        assert copy.draft_len(MAX_N, 7) == policy.draft_len(MAX_N, 7) == 7
         for _ in range(20):
-            copy.observe(MAX_MATCH, 7, 0)
-        assert copy.draft_len(MAX_MATCH, 7) == 0
-        assert policy.draft_len(MAX_MATCH, 7) == 7
+            copy.observe(MAX_N, 7, 0)
+        assert copy.draft_len(MAX_N, 7) == 0
+        assert policy.draft_len(MAX_N, 7) == 7

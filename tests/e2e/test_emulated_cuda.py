@@ -32,6 +32,6 @@ def test_the_equality_tests_pass() -> None:
     run_chosen("tests/e2e/test_bitwise.py", chosen, 12)
 
 
-def test_visits_give_what_single_steps_give() -> None:
+def test_multi_steps_give_what_single_steps_give() -> None:
     some = "rewinds and 8- or several_sessions and 3-True-3 or books and True-3-"
     run_chosen("tests/e2e/test_multi_step.py", f"emulated and not int8 and ({some})", 5)

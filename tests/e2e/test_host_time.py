@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stateful_kv.drafts.ngram import NgramDrafter
+from stateful_kv.engine import batching
 from stateful_kv.engine.engine import Engine
 from stateful_kv.session.ledger import Ledger
 from tests.e2e.conftest import MakeEngine
@@ -56,18 +56,19 @@ def test_host_time_is_flat(engine: Engine) -> None:
     assert is_flat(engine)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Ledger, "append"), (NgramDrafter, "propose")])
+@pytest.mark.parametrize(("owner", "name"), [(Ledger, "append"), (batching, "propose")])
 def test_the_check_notices_a_walk_over_the_history(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
     engine = make_engine(CountingUp(), kv_tokens=1 << 18, page_size=64)
     original = getattr(owner, name)
 
-    def walk(self: Any, *args: Any) -> Any:
-        ledger = self if isinstance(self, Ledger) else args[0]
+    def walk(first: Any, *args: Any) -> Any:
+        ledgers = [first] if owner is Ledger else [turn.state.ledger for turn in first]
         for _ in range(4):  # clear of the noise of a busy machine
-            ledger.tokens.tolist()
-        return original(self, *args)
+            for ledger in ledgers:
+                ledger.tokens.tolist()
+        return original(first, *args)
 
     monkeypatch.setattr(owner, name, walk)
     assert not is_flat(engine)

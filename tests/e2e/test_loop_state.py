@@ -10,71 +10,80 @@ import torch
 
 from stateful_kv.engine.loop.state import LoopShape, LoopState, MirroredInts
 from stateful_kv.engine.loop.token_store import StoredTokens, TokenStore
+from stateful_kv.session.ledger import Ledger
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def two_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few that sessions compete for them."""
-    monkeypatch.setattr(TokenStore, "NUM_SLOTS", 2)
+    monkeypatch.setattr(TokenStore, "NUM_ROWS", 2)
 
 
 class TestTokenStore:
-    def test_rows_keep_their_slots(self) -> None:
+    def test_sessions_keep_their_rows(self) -> None:
         store = TokenStore(9, CPU)
-        assert store.num_slots == 0
-        one, other = StoredTokens(), StoredTokens()
-        store.place([one])
-        slot, one.length = one.slot, 5
+        assert store.num_rows == 0
+        first, other = StoredTokens(), StoredTokens()
+        store.place([first])
+        row, first.length = first.row, 5
         store.place([other])
-        store.place([other, one])
-        assert (one.slot, one.length) == (slot, 5)
-        assert {one.slot, other.slot} == {0, 1}
-        assert store.spare_slot == 2
+        store.place([other, first])
+        assert (first.row, first.length) == (row, 5)
+        assert {first.row, other.row} == {0, 1}
+        assert store.spare_row == 2
         assert store.tokens.shape == (3, 9)
 
     def test_the_one_that_was_used_least_recently_gives_way(self) -> None:
         store = TokenStore(9, CPU)
-        rows = [StoredTokens() for _ in range(3)]
-        store.place(rows[:2])
-        store.place([rows[0]])
-        for row in rows:
-            row.length = 7
-        store.place([rows[2]])
-        assert [row.length for row in rows] == [7, 0, 0]
-        assert rows[1].slot == -1
+        sessions = [StoredTokens() for _ in range(3)]
+        store.place(sessions[:2])
+        store.place([sessions[0]])
+        for stored in sessions:
+            stored.length = 7
+        store.place([sessions[2]])
+        assert [stored.length for stored in sessions] == [7, 0, 0]
+        assert sessions[1].row == -1
 
-    def test_more_rows_than_slots(self) -> None:
+    def test_more_sessions_than_rows(self) -> None:
         store = TokenStore(9, CPU)
-        rows = [StoredTokens() for _ in range(5)]
-        store.place(rows[:2])
-        rows[0].length = 3
-        store.place(rows)
-        assert sorted(row.slot for row in rows) == [0, 1, 2, 3, 4]
-        assert store.num_slots == 8
-        assert rows[0].length == 0, "the tokens are sent again"
+        sessions = [StoredTokens() for _ in range(5)]
+        store.place(sessions[:2])
+        sessions[0].length = 3
+        store.place(sessions)
+        assert sorted(stored.row for stored in sessions) == [0, 1, 2, 3, 4]
+        assert store.num_rows == 8
+        assert sessions[0].length == 0, "the tokens are sent again"
 
     def test_random_use(self) -> None:
         store = TokenStore(4, CPU)
-        rows = [StoredTokens() for _ in range(9)]
+        sessions = [StoredTokens() for _ in range(9)]
         contents: dict[int, StoredTokens] = {}
         for _ in range(300):
-            chosen = random.sample(rows, random.randint(1, 4))
+            chosen = random.sample(sessions, random.randint(1, 4))
             store.place(chosen)
-            assert len({row.slot for row in chosen}) == len(chosen)
-            for row in rows:
-                assert row.length == 0 or contents[row.slot] is row, "another one wrote there"
-            for row in chosen:
-                assert 0 <= row.slot < store.num_slots
-                contents[row.slot], row.length = row, random.randint(1, 4)
+            assert len({stored.row for stored in chosen}) == len(chosen)
+            for stored in sessions:
+                assert stored.length == 0 or contents[stored.row] is stored, (
+                    "another one wrote there"
+                )
+            for stored in chosen:
+                assert 0 <= stored.row < store.num_rows
+                contents[stored.row], stored.length = stored, random.randint(1, 4)
 
-    def test_truncate(self) -> None:
-        row = StoredTokens(3, 10)
-        row.truncate(12)
-        assert (row.slot, row.length) == (3, 10)
-        row.truncate(4)
-        assert (row.slot, row.length) == (3, 4)
+    def test_what_still_belongs_to_the_ledger(self) -> None:
+        ledger = Ledger(range(10))
+        store = TokenStore(64, CPU)
+        stored = store.of(ledger)
+        assert stored is store.of(ledger)
+        stored.length, stored.chosen = 10, np.array([10, 11, 12, 13], dtype=np.int32)
+        ledger.append([10, 11, 99, 100])  # the reply ended behind 11, a message follows
+        assert store.of(ledger).length == 12
+        ledger.truncate(11)
+        ledger.append([50, 51])
+        assert store.of(ledger).length == 0, "what was dropped may be there still"
+        assert store.of(ledger.copy()) is not stored
 
 
 class TestMirroredInts:
@@ -122,13 +131,13 @@ def test_the_parts_of_a_state_are_where_they_are_said_to_be() -> None:
     for name, values in names.items():
         part = state.ints.wanted[name]
         part[:] = np.array(list(values)).reshape(part.shape)
-    state.ints.wanted["slots"].view(np.int64)[:, 0] = (2**40, -1, 5)
+    state.ints.wanted["store_rows"].view(np.int64)[:, 0] = (2**40, -1, 5)
     state.ints.wanted["seeds"].view(np.uint64)[:, 0] = (2**64 - 1, 0, 2**63)
     state.ints.wanted["filters"].view(np.float32)[:] = [[0.5] * 3, [0.25] * 3, [1.5, 2.5, 3.5]]
     places, values = state.ints.changes()
     state.ints.buffer.index_copy_(0, torch.from_numpy(places), torch.from_numpy(values))
     assert state.progress.tolist() == list(range(1, 16))
-    assert state.slots.tolist() == [2**40, -1, 5]
+    assert state.store_rows.tolist() == [2**40, -1, 5]
     assert state.seeds.tolist() == [-1, 0, -(2**63)]
     assert state.filters.tolist() == [[0.5] * 3, [0.25] * 3, [1.5, 2.5, 3.5]]
     assert state.trace.shape == (5, state.progress.shape[0])

@@ -1,15 +1,19 @@
 """Several steps between two looks of the host give what as many single steps give.
 
-Engines that make visits are compared with engines that take single steps: replies, books, KV.
+Engines that take several steps at once are compared with engines that take single steps:
+replies, books, KV.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stateful_kv.choosing.params import SamplingParams
+from stateful_kv.drafts.ngram import NgramDrafter
+from stateful_kv.drafts.proposer import Draft
 from stateful_kv.engine.config import EngineConfig
 from tests.e2e.conftest import MakeEngine, on_devices
 from tests.e2e.multi_step_play import MESSAGES, STEPS, kv_of, multi_step, play
@@ -70,12 +74,12 @@ class TestSameReplies:
             texts = []
             for turn, message in enumerate(MESSAGES):
                 items = [
-                    (one, f"{message} {index * turn}")
-                    for index, one in enumerate(sessions)
+                    (session, f"{message} {index * turn}")
+                    for index, session in enumerate(sessions)
                     if (index + turn) % 3 < 2
                 ]
                 texts += [r.token_ids for r in engine.gather(items, 10 + 7 * turn)]
-            replies.append((texts, [one.token_ids for one in sessions]))
+            replies.append((texts, [session.token_ids for session in sessions]))
             assert (multi_step(engine).num_syncs > 0) is bool(config)
         assert replies[0] == replies[1]
 
@@ -103,8 +107,8 @@ class TestSameReplies:
     def test_max_tokens(self, make_engine: MakeEngine, max_tokens: int) -> None:
         engine = make_engine(CountingUp(), num_steps_per_sync=4, draft=False)
         single = make_engine(CountingUp())
-        for one in (engine, single):
-            session = one.session()
+        for each in (engine, single):
+            session = each.session()
             for message in ("a", "b"):
                 reply = session.turn(message, max_tokens=max_tokens)
                 assert (len(reply.token_ids), reply.finish_reason) == (max_tokens, "length")
@@ -123,12 +127,12 @@ class TestSameReplies:
     def test_a_session_goes_on_after_the_model_was_changed_for_single_steps(
         self, make_engine: MakeEngine
     ) -> None:
-        """Tokens of ordinary steps between visits reach the device with the next one."""
+        """Tokens of plain steps between two multi-steps reach the device with the next one."""
         single = make_engine(CountingUp()).session()
         session = make_engine(CountingUp(), num_steps_per_sync=3).session()
         for sampling in ({}, {"presence_penalty": 0.5}, {}, {"frequency_penalty": 0.5}, {}):
-            for one in (single, session):
-                one.turn("x", max_tokens=11, **sampling)
+            for each in (single, session):
+                each.turn("x", max_tokens=11, **sampling)
         assert session.token_ids == single.token_ids
 
 
@@ -146,7 +150,7 @@ class TestStops:
 
     @pytest.mark.parametrize("steps", STEPS)
     @pytest.mark.parametrize("draft", [True, False])
-    def test_stop_strings_in_the_middle_of_a_visit(
+    def test_stop_strings_in_the_middle_of_a_multi_step(
         self, make_engine: MakeEngine, steps: int, draft: bool
     ) -> None:
         script = [FIRST_BYTE + byte for byte in b"abcabcabcabcX stop here, abcabc"]
@@ -207,13 +211,44 @@ class TestBooks:
         assert replies[1].receipt.accepted_tokens > 0
 
     def test_the_host_drafter_follows(self, make_engine: MakeEngine) -> None:
-        """After visits a single step drafts from all of the text."""
+        """After a multi-step a plain step drafts from all of the text."""
         engine = make_engine(num_steps_per_sync=8)
         session = engine.session()
         play(session, MESSAGES * 2)
         multi_step(engine)._max_steps = 1
         receipt = session.turn(MESSAGES[0], max_tokens=60, ignore_eos=True).receipt
         assert receipt.accepted_tokens > 0
+
+    @pytest.mark.parametrize("right", [True, False])
+    def test_the_first_step_takes_the_draft_of_the_host(
+        self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, right: bool
+    ) -> None:
+        """The text counts up and repeats nothing: on its own the device drafts nothing."""
+        expected = make_engine(CountingUp()).session().turn("x", 40, ignore_eos=True)
+        observed: list[tuple[int, int]] = []
+
+        def propose(turns: Any, max_draft: int) -> list[Draft]:
+            drafts = []
+            for turn in turns:
+                ids = [int(turn.state.ledger.tokens[-1]) + (not right)]
+                for _ in range(3):
+                    ids.append(FIRST_BYTE + (ids[-1] + 1) % 200)  # as the model counts
+                drafts.append(Draft(np.array(ids[1:], dtype=np.int32), 5, "test"))
+            return drafts
+
+        def observe(self: Any, draft: Draft, num_accepted: int) -> None:
+            observed.append((len(draft), num_accepted))
+
+        monkeypatch.setattr("stateful_kv.engine.multi_step.propose", propose)
+        monkeypatch.setattr(NgramDrafter, "worthwhile", lambda self, draft, *_: draft)
+        monkeypatch.setattr(NgramDrafter, "observe", observe)
+        engine = make_engine(CountingUp(), num_steps_per_sync=4)
+        reply = engine.session().turn("x", 40, ignore_eos=True)
+        assert reply.token_ids == expected.token_ids
+        assert len(observed) >= multi_step(engine).num_syncs > 3
+        assert observed[:4] == [(3, 3 if right else 0)] * 4  # the last ones have less room
+        assert reply.receipt.drafted_tokens == sum(drafted for drafted, _ in observed)
+        assert reply.receipt.accepted_tokens == sum(accepted for _, accepted in observed)
 
 
 class TestConfig:

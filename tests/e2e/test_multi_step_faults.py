@@ -1,4 +1,4 @@
-"""Faults in visits: a single step takes over, one clear error, the others go on."""
+"""Faults in multi-steps: a plain step takes over, one clear error, the others go on."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TestFaults:
             reply = bad.turn("b", max_tokens=6)
             assert reply.token_ids == script[:6]
             assert (multi_step(engine).num_syncs > 0) is (steps > 1)
-        assert all(one == outcomes[0] for one in outcomes)
+        assert all(outcome == outcomes[0] for outcome in outcomes)
 
     def test_bad_logits_beside_a_good_turn(self, make_engine: MakeEngine) -> None:
         class BadAtPosition60(CountingUp):
@@ -66,7 +66,7 @@ class TestFaults:
         assert outcomes[0] == outcomes[1] == outcomes[2]
         assert len(outcomes[0][0]) == 40
 
-    def test_a_visit_that_fails_loses_nothing(self, make_engine: MakeEngine) -> None:
+    def test_a_multi_step_that_fails_loses_nothing(self, make_engine: MakeEngine) -> None:
         model = CountingUp()
         engine = make_engine(model, num_steps_per_sync=4, draft=False)
         session = engine.session()
@@ -83,7 +83,7 @@ class TestFaults:
         assert reply.token_ids == expected.token_ids
         assert multi_step(engine).num_syncs > 5
 
-    def test_visits_that_always_fail_become_rare(
+    def test_multi_steps_that_always_fail_become_rare(
         self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         num_tries = 0
@@ -102,7 +102,7 @@ class TestFaults:
         assert num_tries == 7  # after 1, 2, 4, ... single steps
 
     def test_an_error_in_the_model_ends_only_its_row(self, make_engine: MakeEngine) -> None:
-        """The visit fails as a whole; the single step that follows finds whose fault it is."""
+        """The multi-step fails as a whole; the plain step that follows finds whose fault it is."""
         model = CountingUp()
         engine = make_engine(model, num_steps_per_sync=4)
         good, bad = engine.session(), engine.session()
@@ -140,10 +140,10 @@ class TestFaults:
         assert engine.check_integrity() is None
         model.before_forward = lambda batch: None
         single = make_engine(CountingUp()).session()
-        for one in (single, session):
-            if one is single:
-                one.turn("x", max_tokens=10)
-            one.turn("something else", max_tokens=30)
+        for each in (single, session):
+            if each is single:
+                each.turn("x", max_tokens=10)
+            each.turn("something else", max_tokens=30)
         assert session.token_ids == single.token_ids
 
     @pytest.mark.parametrize("at", [0, 1, 2, 3])
@@ -211,6 +211,6 @@ class TestFaults:
         assert len(outcomes[1].token_ids) == 20
         single = make_engine(CountingUp()).session()
         single.turn("x", max_tokens=4)
-        for one in (session, single):
-            one.turn("something else", max_tokens=20)
+        for each in (session, single):
+            each.turn("something else", max_tokens=20)
         assert session.token_ids == single.token_ids

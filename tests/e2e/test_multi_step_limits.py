@@ -1,4 +1,4 @@
-"""When visits are made and how large they are: who waits, pages, what is sent to the device."""
+"""When several steps are taken at once and how many: streams, pages, what is sent to the device."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from tests.e2e.tiny import END, FIRST_BYTE, CountingUp, Provenance, Scripted
 
 
 class TestWhoWaits:
-    def test_a_stream_gets_its_tokens_one_step_at_a_time(self, make_engine: MakeEngine) -> None:
-        engine = make_engine(CountingUp(), num_steps_per_sync=8)
-        streaming, other = engine.session(), engine.session()
-        stream = streaming.stream("x", max_tokens=30)
-        assert len(next(stream)) == 1
-        assert other.turn("y", max_tokens=12).finish_reason == "length"
-        assert multi_step(engine).num_syncs == 0
-        stream.close()
-        assert streaming.last_reply is not None
-        assert streaming.last_reply.finish_reason == "cancelled"
-        other.turn("y", max_tokens=12)
-        assert multi_step(engine).num_syncs > 0
-        expected = make_engine(CountingUp()).session()
-        expected.turn("y", max_tokens=12)
-        expected.turn("y", max_tokens=12)
-        assert other.token_ids == expected.token_ids
+    def test_a_stream_takes_part(self, make_engine: MakeEngine) -> None:
+        """When its text is shown and what a reader keeps does not depend on the steps taken."""
+        outcomes = []
+        for steps in (1, 8):
+            engine = make_engine(CountingUp(), num_steps_per_sync=steps)
+            streaming, other = engine.session(), engine.session()
+            stream = streaming.stream("x", max_tokens=30)
+            assert len(next(stream)) == 1
+            assert other.turn("y", max_tokens=12).finish_reason == "length"
+            assert (multi_step(engine).num_syncs > 0) is (steps > 1)
+            shown = [next(stream) for _ in range(4)]
+            stream.close()
+            assert streaming.last_reply is not None
+            assert streaming.last_reply.finish_reason == "cancelled"
+            assert len(streaming.last_reply.token_ids) == 5
+            whole = "".join(streaming.stream("z", max_tokens=9))
+            outcomes.append((shown, whole, streaming.token_ids, other.token_ids))
+        assert outcomes[0] == outcomes[1]
 
-    def test_a_prompt_is_not_kept_waiting(self, make_engine: MakeEngine) -> None:
-        """While one turn still computes its prompt the others take single steps."""
+    def test_a_prompt_does_not_switch_it_off(self, make_engine: MakeEngine) -> None:
+        """Between two steps that compute a part of a prompt the others take several at once."""
         engine = make_engine(CountingUp(), num_steps_per_sync=8, max_batch_tokens=16)
         short, long = engine.session(), engine.session()
         seen: list[tuple[int, int]] = []
@@ -48,9 +50,16 @@ class TestWhoWaits:
             return run(sequences, max_draft, num_steps)
 
         loop.run = watched  # type: ignore[method-assign]
-        engine.gather([(short, "s"), (long, "m" * 200)], max_tokens=40)
-        # At 15 prompt rows a step the short reply has some tokens before both can loop.
-        assert seen == [(2, 8), (2, 8), (2, 8), (2, 8), (1, 7)]
+        replies = engine.gather([(short, "s"), (long, "m" * 200)], max_tokens=40)
+        # 203 tokens of a prompt at 15 rows a step; the short reply does not wait for them.
+        num_alone = len([rows for rows, _ in seen if rows == 1])
+        assert seen[:4] == [(1, 8)] * 4
+        assert num_alone >= 4
+        plain = make_engine(CountingUp(), max_batch_tokens=16)
+        expected = plain.gather(
+            [(plain.session(), "s"), (plain.session(), "m" * 200)], max_tokens=40
+        )
+        assert [r.token_ids for r in replies] == [r.token_ids for r in expected]
 
     @pytest.mark.parametrize(
         "sampling",
@@ -166,7 +175,7 @@ class TestUploads:
     def test_more_sessions_than_rows(
         self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("stateful_kv.engine.loop.token_store.TokenStore.NUM_SLOTS", 2)
+        monkeypatch.setattr("stateful_kv.engine.loop.token_store.TokenStore.NUM_ROWS", 2)
         texts = []
         for steps in (1, 3):
             engine = make_engine(num_steps_per_sync=steps)
@@ -199,7 +208,7 @@ class Launches(TorchDispatchMode):
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         self.calls.append((str(func), tuple((t.shape, t.stride(), t.dtype) for t in tensors)))
         return func(*args, **(kwargs or {}))
 
@@ -222,7 +231,7 @@ def test_a_step_is_the_same_launches_every_time(
     engine = make_engine(num_steps_per_sync=4, is_recorded=False)
     sessions = [engine.session() for _ in range(3)]
     for message in MESSAGES:
-        items = [(one, message * (1 + index)) for index, one in enumerate(sessions)]
+        items = [(session, message * (1 + index)) for index, session in enumerate(sessions)]
         engine.gather(items, max_tokens=30, **sampling)
     assert sum(map(len, seen.values())) > 40
     for steps in seen.values():
@@ -262,10 +271,10 @@ class TestGraphs:
         play(session)
         recorded = dict(multi_step(engine).loop._recorded)
         assert recorded
-        assert all(one.replay is not None for one in recorded.values())
+        assert all(step.replay is not None for step in recorded.values())
         play(session, MESSAGES[:1])
         assert all(
-            multi_step(engine).loop._recorded[shape] is one for shape, one in recorded.items()
+            multi_step(engine).loop._recorded[shape] is step for shape, step in recorded.items()
         )
 
     def test_a_replay_reads_what_is_there_then(self) -> None:

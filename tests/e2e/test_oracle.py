@@ -59,7 +59,7 @@ def act(engine: Engine, sessions: list[Session], rng: random.Random) -> None:
     elif operation == 6:
         chosen = rng.sample(sessions, rng.randint(1, len(sessions)))
         engine.gather(
-            [(one, message(rng)) for one in chosen], return_exceptions=True, **settings(rng)
+            [(session, message(rng)) for session in chosen], return_exceptions=True, **settings(rng)
         )
     elif operation == 7:
         stream = session.stream(message(rng), **settings(rng))

@@ -33,7 +33,7 @@ from stateful_kv.system import tracing
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import CountingUp
 
-PHASES = ["plan", "reserve", "build_batch", "forward", "verify", "commit", "end_row"]
+PHASES = ["plan", "reserve", "build_batch", "forward", "verify", "commit", "end_steps"]
 OPTIONS = ReplayOptions(max_tokens=24, ignore_eos=True)
 WORKFLOW = parse_workflow(
     {
@@ -209,7 +209,7 @@ def test_trace_shows_phases_inside_steps_inside_turns(
         around = [event for event in events if event["name"].startswith(outer)]
         found = [event for event in events if event["name"] == inner]
         assert found
-        assert all(any(_inside(one, event) for one in around) for event in found)
+        assert all(any(_inside(outer, event) for outer in around) for event in found)
     renders = [event for event in events if event["name"] == "render"]
     assert not any(_inside(step, event) for step in steps for event in renders)
 

@@ -211,12 +211,12 @@ class TestSampling:
             {"temperature": 0.9, "seed": 4, "presence_penalty": 0.1},
         ]
         starts, drafts = [0, 3, 4, 7], [2, 0, 2, 1]
-        samplers = [sampler(50, **one) for one in settings]
+        samplers = [sampler(50, **params) for params in settings]
         positions = [100, 7, 0, 30]
         expected = []
-        for i, one in enumerate(samplers):
+        for i, sampler_i in enumerate(samplers):
             rows = logits.numpy()[starts[i] :]
-            expected.append([one.choose(row, positions[i] + n) for n, row in enumerate(rows)])
+            expected.append([sampler_i.choose(row, positions[i] + n) for n, row in enumerate(rows)])
         assert expected[1][0] == int(logits[3].argmax())
         # The first draft is right, the others agree in their first token only.
         proposed = [expected[0][:2], [], [expected[2][0], (expected[2][1] + 1) % 50], [-1]]
@@ -229,8 +229,8 @@ class TestSampling:
 
         monkeypatch.setattr(ops, "sample", counted)
         candidates = [
-            Candidate(one, draft, position)
-            for one, draft, position in zip(samplers, proposed, positions, strict=True)
+            Candidate(chooser, draft, position)
+            for chooser, draft, position in zip(samplers, proposed, positions, strict=True)
         ]
         assert [len(draft) for draft in proposed] == drafts
         choices = verify(candidates, logits)
@@ -334,9 +334,9 @@ class TestDrafter:
     def test_a_batch_proposes_what_each_alone_does(self) -> None:
         texts = [[1, 2, 3, 1, 2], [4, 5, 4, 5], [7], [1, 2, 9, 1, 2]]
         ledgers = [Ledger(text) for text in texts]
-        alone = [NgramDrafter(7, COSTS).propose(one.tokens, 3) for one in ledgers]
+        alone = [NgramDrafter(7, COSTS).propose(ledger.tokens, 3) for ledger in ledgers]
         drafters = [NgramDrafter(7, COSTS) for _ in texts]
-        together = propose_all(drafters, [one.tokens for one in ledgers], [3, 3, 3, 0])
+        together = propose_all(drafters, [ledger.tokens for ledger in ledgers], [3, 3, 3, 0])
         assert [d.tokens.tolist() for d in together[:3]] == [d.tokens.tolist() for d in alone[:3]]
         assert [d.match_len for d in together[:3]] == [d.match_len for d in alone[:3]]
         assert (len(together[3]), len(alone[3])) == (0, 3)

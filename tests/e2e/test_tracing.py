@@ -98,8 +98,8 @@ def test_phases_of_a_step_in_order(make_engine: MakeEngine) -> None:
         session.turn("hello", max_tokens=2, ignore_eos=True)
     before = ["plan", "reserve", "build_batch", "forward", "verify", "commit", "detokenise"]
     assert [name for name, _ in notes.seen] == [
-        *("turn", "render", "step", "admit", *before, "end_row"),
-        *("step", "plan", "draft", *before[1:], "end_row"),
+        *("turn", "render", "step", "admit", *before, "end_steps"),
+        *("step", "plan", "draft", *before[1:], "end_steps"),
     ]
     assert [label for name, label in notes.seen if name == "forward"] == [
         "prefill 8 rows",

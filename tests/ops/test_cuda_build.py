@@ -73,9 +73,26 @@ def test_the_sources_compile_as_plain_c_plus_plus_too() -> None:
 
 
 def test_the_sources_register_the_listed_ops() -> None:
-    text = "".join(path.read_text() for path in (ROOT / "csrc/bindings").glob("*_cuda.cpp"))
+    text = "".join(path.read_text() for path in (ROOT / "csrc/bindings").glob("ops/*/cuda.cpp"))
     registered = re.findall(r'm\.impl\("(\w+)"', text)
     assert sorted(registered) == sorted(CUDA_OPS)
+
+
+@pytest.mark.parametrize(
+    ("variable", "header", "alias"),
+    [
+        ("SKV_HEAD_DIMS", "kernels.h", "HeadDims"),
+        ("SKV_WARPGROUP_HEAD_DIMS", "attention_task.h", "WarpgroupHeadDims"),
+    ],
+)
+def test_what_is_instantiated_is_what_is_launched(variable: str, header: str, alias: str) -> None:
+    cmake = (ROOT / "cmake/Instantiate.cmake").read_text()
+    written = re.search(rf"^set\({variable} ([\d ]+)\)", cmake, re.MULTILINE)
+    text = (ROOT / "csrc/kernels/cuda" / header).read_text()
+    launched = re.search(rf"using {alias} = std::integer_sequence<int, ([\d, ]+)>", text)
+    assert written is not None
+    assert launched is not None
+    assert written[1].split() == launched[1].split(", ")
 
 
 def test_a_cache_on_cuda_without_a_cuda_build_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

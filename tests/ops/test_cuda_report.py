@@ -51,7 +51,10 @@ def test_every_kernel_is_in_the_committed_table_without_spills(report: ModuleTyp
     listed = report.listed_kernels(page)
     assert {arch for _, _, arch in listed} == {80, 90}
     folder = ROOT / "csrc/kernels/cuda"
-    assert {source for source, _, _ in listed} <= {path.name for path in folder.glob("*.cu")}
+    committed = {path.name for path in folder.glob("*.cu")}
+    cmake = (ROOT / "cmake/Instantiate.cmake").read_text()
+    for source in {source for source, _, _ in listed} - committed:
+        assert f"{source.rpartition('_')[0]}_${{head_dim}}.cu" in cmake
     text = "".join(path.read_text() for path in sorted(folder.glob("*.cu*")))
     written = set(
         re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^;{]*?\)\s+)?(\w+)\(", text)
@@ -75,10 +78,14 @@ def test_the_assembler_log_is_read(report: ModuleType) -> None:
 def made_up_build(folder: Path, report: ModuleType, log: str) -> Path:
     """A build folder as the compile check leaves it, with one log for every source."""
     objects = folder / report.OBJECTS
-    objects.mkdir(parents=True)
+    committed, written = objects / "csrc/kernels/cuda", objects / report.INSTANTIATED
+    for directory in (committed, written, folder / report.INSTANTIATED):
+        directory.mkdir(parents=True)
     for source in report.KERNELS.glob("*.cu"):
-        (objects / f"{source.name}.o.log").write_text("")
-    (objects / "argmax.cu.o.log").write_text(log)
+        (committed / f"{source.name}.o.log").write_text("")
+    (committed / "argmax.cu.o.log").write_text(log)
+    (folder / report.INSTANTIATED / "attention_tiles_7.cu").write_text("")
+    (written / "attention_tiles_7.cu.o.log").write_text(log)
     compiler = folder / "nvcc"
     compiler.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.1, V13.1.2'\n")
     compiler.chmod(0o755)
@@ -101,11 +108,12 @@ def test_a_written_table_passes_its_own_check(tmp_path: Path, report: ModuleType
     written = run_report("--build", build, "--output", page)
     assert written.returncode == 0, written.stderr
     assert "nvcc 13.1.2 and emulated, not yet run on a GPU" in page.read_text()
-    assert "| argmax.cu | `f<3>` | 80 | 40 | 16 | 0 | 1024 |" in page.read_text()
+    for source in ("argmax.cu", "attention_tiles_7.cu"):
+        assert f"| {source} | `f<3>` | 80 | 40 | 16 | 0 | 1024 |" in page.read_text()
     assert run_report("--build", build, "--check", page).returncode == 0
     assert page.read_text() == run_report("--build", build).stdout
 
-    page.write_text(page.read_text().replace("`g`", "`h`"))
+    page.write_text(page.read_text().replace("argmax.cu | `g`", "argmax.cu | `h`"))
     checked = run_report("--build", build, "--check", page)
     assert checked.returncode == 1
     assert "not in the table: ('argmax.cu', 'g', 90)" in checked.stderr

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from stateful_kv import ops
 from stateful_kv.kv.batch import Batch
 from stateful_kv.models import packing
 from stateful_kv.models.config import ModelConfig
 from stateful_kv.models.llama import LayerWeights, Linear, LlamaModel, LlamaWeights
 from stateful_kv.models.rope import cos_sin_table, inverse_frequencies
+from tests.ops.cases import valid_arguments
 from tests.ops.comparing import assert_same_bits
 from tests.ops.paged import offsets
 from tests.ops.test_quantized_linear import FORMATS, random_weight
@@ -118,14 +120,43 @@ BATCHES = {
 }
 
 
+def run_fused(model: LlamaModel, x: Tensor, batch: Batch, pools: Pools) -> Tensor:
+    """All layers in one op: float32[N, E] -> float32[R, E]."""
+    weights: list[Tensor | None] = []
+    for layer in model.weights.layers:
+        weights += layer.tensors() or []
+    output = x.new_empty(batch.logit_rows.shape[0], x.shape[1])
+    ops.decoder_layers(
+        x,
+        weights,
+        batch.positions,
+        model.weights.cos_sin,
+        batch.slots,
+        batch.page_table,
+        batch.seq_lens,
+        batch.query_offsets,
+        batch.logit_rows,
+        model.config.num_heads,
+        model.config.rms_norm_eps,
+        model.config.head_dim**-0.5,
+        model.config.sliding_window or 0,
+        pools.k,
+        pools.v,
+        output,
+        pools.k_scales,
+        pools.v_scales,
+    )
+    return output
+
+
 def both_ways(model: LlamaModel, batch: Batch, pools: Pools) -> list[tuple[Tensor, ...]]:
-    """Logits and pools after a forward pass, fused and op by op."""
-    results = []
+    """Hidden rows and pools after all layers, in one op and op by op."""
     x = model.weights.embedding[batch.token_ids]
-    for run in (model._run_fused, model._run_ops):
-        mine = deepcopy(pools)
-        results.append((run(x, batch, mine), *mine.tensors()))
-    return results
+    fused, separate = deepcopy(pools), deepcopy(pools)
+    return [
+        (run_fused(model, x, batch, fused), *fused.tensors()),
+        (model._run_ops(x, batch, separate), *separate.tensors()),
+    ]
 
 
 @pytest.mark.parametrize("kind", BATCHES)
@@ -153,9 +184,16 @@ def test_scales_without_int8_pools_and_the_other_way_round() -> None:
     x, floats, bytes_ = torch.randn(1, 96), Pools(torch.float32), Pools(torch.int8)
     floats.k_scales, bytes_.v_scales = bytes_.k_scales, None
     with pytest.raises(ValueError, match="decoder_layers: k_scales: expected None for pools of"):
-        model._run_fused(x, batch, floats)
+        run_fused(model, x, batch, floats)
     with pytest.raises(ValueError, match="decoder_layers: v_scales: expected a float32 tensor"):
-        model._run_fused(x, batch, bytes_)
+        run_fused(model, x, batch, bytes_)
+
+
+@pytest.mark.parametrize("name", ["norm_eps", "scale"])
+def test_scalars_that_float32_cannot_hold(name: str) -> None:
+    arguments = valid_arguments("decoder_layers") | {name: 1e39}
+    with pytest.raises(ValueError, match=f"decoder_layers: {name}: expected .*float32"):
+        ops.decoder_layers(**arguments)
 
 
 def test_threads_do_not_matter(set_num_threads: Callable[[int], None]) -> None:

@@ -2,16 +2,11 @@
 
 #include <algorithm>
 
+#include "csrc/kernels/loop_rule.h"
+
 namespace skv::cpu {
 
 namespace {
-
-int32_t num_rows_of(const FillRowsParams& params, int64_t sequence) {
-  const int32_t num_left = params.num_left[sequence];
-  const int32_t room = params.kv_limits[sequence] - params.lengths[sequence];
-  if (num_left <= 0 || room < 0) return 0;
-  return 1 + std::min({params.num_draft[sequence], num_left - 1, room});
-}
 
 void write_row(const FillRowsParams& params, int64_t sequence, int64_t index, int64_t row) {
   const int64_t length = params.lengths[sequence];
@@ -32,9 +27,10 @@ void fill_rows(const FillRowsParams& params) {
   int64_t row = 0;
   params.query_offsets[0] = 0;
   for (int64_t sequence = 0; sequence < params.num_sequences; ++sequence) {
-    const int32_t num_rows = num_rows_of(params, sequence);
+    const int64_t num_rows = num_step_rows(params, sequence);
     for (int64_t i = 0; i < num_rows; ++i) write_row(params, sequence, i, row++);
-    params.seq_lens[sequence] = num_rows == 0 ? 0 : params.lengths[sequence] - 1 + num_rows;
+    const int64_t seq_len = num_rows == 0 ? 0 : params.lengths[sequence] - 1 + num_rows;
+    params.seq_lens[sequence] = static_cast<int32_t>(seq_len);
     params.query_offsets[sequence + 1] = static_cast<int32_t>(row);
   }
   const int64_t total = params.num_sequences * (params.max_draft + 1);

@@ -8,6 +8,7 @@
 #include "csrc/kernels/cuda/element.cuh"
 #include "csrc/kernels/cuda/kernels.h"
 #include "csrc/kernels/cuda/launch.h"
+#include "csrc/kernels/loop_rule.h"
 
 namespace skv::cuda {
 namespace {
@@ -46,15 +47,15 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = params.query_offsets[sequence];
   const int64_t end = params.query_offsets[sequence + 1];
   if (begin == end) return;
-  const int32_t length = params.lengths[sequence];
-  const int32_t num_left = params.num_left[sequence];
+  const int64_t length = params.lengths[sequence];
+  const int64_t num_left = params.num_left[sequence];
   int32_t* history = params.history + sequence * params.capacity + length;
-  SKV_DEVICE_ASSERT(num_left >= 1 &&
-                    length + min(num_left, static_cast<int32_t>(end - begin)) <= params.capacity);
+  SKV_DEVICE_ASSERT(num_left >= 1 && length >= 0 &&
+                    length + min(num_left, end - begin) <= params.capacity);
 
-  int32_t base = 0;  // rows of the sequence before this round, all of which agreed
+  int64_t base = 0;  // rows of the sequence before this round, all of which agreed
   while (true) {
-    const int32_t index = base + lane;
+    const int64_t index = base + lane;
     const Verdict verdict = judge(params, sequence, begin + index, end);
     const bool is_last =
         verdict.is_bad || verdict.stops || !verdict.agrees || index + 1 >= num_left;
@@ -62,14 +63,15 @@ __global__ void __launch_bounds__(kThreads)
     const int decider = lasts != 0 ? __ffs(static_cast<int>(lasts)) - 1 : kWarpSize;
     if (lane < decider || (lane == decider && !verdict.is_bad)) history[index] = verdict.token;
     if (lane == decider) {
-      const int32_t taken = index + (verdict.is_bad ? 0 : 1);
-      params.lengths[sequence] = length + taken;
-      params.num_left[sequence] =
-          verdict.is_bad ? kStoppedByBadLogits : (verdict.stops ? 0 : num_left - taken);
+      const int64_t taken = index + (verdict.is_bad ? 0 : 1);
+      params.lengths[sequence] = static_cast<int32_t>(length + taken);
+      params.num_left[sequence] = verdict.is_bad
+                                      ? kStoppedByBadLogits
+                                      : static_cast<int32_t>(verdict.stops ? 0 : num_left - taken);
       int32_t* counts = params.counts + 3 * sequence;
-      counts[0] += 1;
-      counts[1] += static_cast<int32_t>(end - begin - 1);
-      counts[2] += index + (!verdict.is_bad && verdict.agrees ? 1 : 0);
+      counts[0] = add_to_count(counts[0], 1);
+      counts[1] = add_to_count(counts[1], end - begin - 1);
+      counts[2] = add_to_count(counts[2], index + (!verdict.is_bad && verdict.agrees ? 1 : 0));
     }
     if (decider < kWarpSize) return;
     base += kWarpSize;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "csrc/kernels/cuda/attention.h"
 #include "csrc/kernels/cuda/attention_ring.cuh"
@@ -131,6 +132,11 @@ void bound_work(const PagedAttentionCall& call, int64_t num_blocks, AttentionPla
   plan->partial_rows = runs > 1 ? std::min(plan->partial_rows, rows * runs) : 0;
 }
 
+template <int... kDims>
+bool is_one_of(int64_t head_dim, std::integer_sequence<int, kDims...>) {
+  return ((head_dim == kDims) || ...);
+}
+
 AttentionPlan make_plan(const PagedAttentionCall& call, const DeviceLimits& limits) {
   const PagedAttentionParams& params = call.params;
   const int64_t head_dim = params.layout.head_dim;
@@ -138,7 +144,7 @@ AttentionPlan make_plan(const PagedAttentionCall& call, const DeviceLimits& limi
   plan.warps = choose_warps(call);
   plan.tile_rows = kWarpRows * (plan.warps / row_warps(head_dim));
   plan.has_warpgroups = kHasWarpgroupCode && call.tuning.use_warpgroups && plan.warps % 4 == 0 &&
-                        (head_dim == 64 || head_dim == 128) && limits.major == 9 &&
+                        is_one_of(head_dim, WarpgroupHeadDims{}) && limits.major == 9 &&
                         limits.minor == 0;
   // Long runs are those of large tiles. A block of few warps has short ones, and other use for
   // shared memory: more blocks, with more loads in flight.
@@ -193,20 +199,17 @@ cudaError_t check_call(const PagedAttentionCall& call) {
 }
 
 cudaError_t launch_tiles_of(const AttentionTask& task, cudaStream_t stream) {
-  switch (task.params.layout.head_dim) {
-    case 64:
-      return task.plan.has_warpgroups ? launch_warpgroups_64(task, stream)
-                                      : launch_tiles_64(task, stream);
-    case 96:
-      return launch_tiles_96(task, stream);
-    case 128:
-      return task.plan.has_warpgroups ? launch_warpgroups_128(task, stream)
-                                      : launch_tiles_128(task, stream);
-    case 256:
-      return launch_tiles_256(task, stream);
-    default:
-      return cudaErrorInvalidValue;
+  const int64_t head_dim = task.params.layout.head_dim;
+  if (task.plan.has_warpgroups) {
+    const auto launch = [&](auto dim) {
+      return launch_tiles<decltype(dim)::value, true>(task, stream);
+    };
+    return dispatch_head_dim(head_dim, launch, WarpgroupHeadDims{});
   }
+  const auto launch = [&](auto dim) {
+    return launch_tiles<decltype(dim)::value, false>(task, stream);
+  };
+  return dispatch_head_dim(head_dim, launch, HeadDims{});
 }
 
 AttentionTask make_task(const PagedAttentionCall& call, const AttentionPlan& plan) {

@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "csrc/kernels/params.h"
 
@@ -64,13 +65,13 @@ struct AttentionTask {
 // Bytes of dynamic shared memory that a block of `plan` needs.
 int64_t attention_shared_bytes(DType kv_dtype, int64_t head_dim, const AttentionPlan& plan);
 
-// The two kernels; preconditions: the task was planned for its params, 16-bit activations.
-cudaError_t launch_tiles_64(const AttentionTask& task, cudaStream_t stream);
-cudaError_t launch_tiles_96(const AttentionTask& task, cudaStream_t stream);
-cudaError_t launch_tiles_128(const AttentionTask& task, cudaStream_t stream);
-cudaError_t launch_tiles_256(const AttentionTask& task, cudaStream_t stream);
-cudaError_t launch_warpgroups_64(const AttentionTask& task, cudaStream_t stream);
-cudaError_t launch_warpgroups_128(const AttentionTask& task, cudaStream_t stream);
+// Head dims with a kernel whose products are by warpgroups (AttentionTuning::use_warpgroups).
+using WarpgroupHeadDims = std::integer_sequence<int, 64, 128>;
+
+// The two kernels; preconditions: the task was planned for its params, 16-bit activations. That of
+// each head dim is compiled in a source of its own, which cmake/Instantiate.cmake writes.
+template <int kHeadDim, bool kByWarpgroup>
+cudaError_t launch_tiles(const AttentionTask& task, cudaStream_t stream);
 cudaError_t launch_merge(const AttentionTask& task, cudaStream_t stream);
 
 // The kernel for all other dtypes, one (row, query head) a block.

@@ -302,7 +302,7 @@ auto tile_kernel(bool is_int8) {
                  : attention_tiles_kernel<T, T, kHeadDim, kByWarpgroup>;
 }
 
-template <int kHeadDim, bool kByWarpgroup = false>
+template <int kHeadDim, bool kByWarpgroup>
 cudaError_t launch_tiles(const AttentionTask& task, cudaStream_t stream) {
   const PagedAttentionParams& params = task.params;
   const bool is_int8 = params.kv_dtype == DType::kInt8;

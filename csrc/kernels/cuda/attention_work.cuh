@@ -86,7 +86,7 @@ __device__ __forceinline__ SequenceWork sequence_work(const AttentionTask& task,
   work.own_begin = (first_visible(task, max(work.first_position, 0)) / kChunkKeys) >> run_log2;
   work.own_begin = max(work.own_begin, work.prefix_end);
   // Rows without any key still are a piece of work: somebody has to write their zeros.
-  const int32_t last_run = (max(length - 1, 0) / kChunkKeys) >> run_log2;
+  const int32_t last_run = ((max(length, 1) - 1) / kChunkKeys) >> run_log2;
   work.own_end = max(last_run + 1, work.own_begin);
   return work;
 }

@@ -8,6 +8,7 @@
 #include "csrc/kernels/cuda/element.cuh"
 #include "csrc/kernels/cuda/kernels.h"
 #include "csrc/kernels/cuda/launch.h"
+#include "csrc/kernels/loop_rule.h"
 
 namespace skv::cuda {
 namespace {
@@ -16,13 +17,6 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kMaxSequences == kThreads, "one thread counts the rows of one sequence");
 static_assert(kWarps == kWarpSize, "one lane adds up one warp");
-
-__device__ int32_t num_rows_of(const FillRowsParams& params, int64_t sequence) {
-  const int32_t num_left = params.num_left[sequence];
-  const int32_t room = params.kv_limits[sequence] - params.lengths[sequence];
-  if (num_left <= 0 || room < 0) return 0;
-  return 1 + min(params.num_draft[sequence], min(num_left - 1, room));
-}
 
 __device__ __forceinline__ int32_t warp_inclusive_sum(int32_t value, int lane) {
 #pragma unroll
@@ -64,12 +58,15 @@ __global__ void __launch_bounds__(kThreads)
     fill_rows_kernel(const __grid_constant__ FillRowsParams params) {
   __shared__ int32_t offsets[kMaxSequences + 1];
   const int64_t thread = threadIdx.x;
-  const int32_t num_rows = thread < params.num_sequences ? num_rows_of(params, thread) : 0;
+  // All rows of all sequences are fewer than 2^31: the launcher asks for that.
+  const auto num_rows =
+      static_cast<int32_t>(thread < params.num_sequences ? num_step_rows(params, thread) : 0);
   const int32_t before = block_exclusive_sum(num_rows);
   offsets[thread] = before;
   if (thread == kThreads - 1) offsets[kThreads] = before + num_rows;
   if (thread < params.num_sequences) {
-    params.seq_lens[thread] = num_rows == 0 ? 0 : params.lengths[thread] - 1 + num_rows;
+    const int64_t seq_len = num_rows == 0 ? 0 : int64_t{params.lengths[thread]} - 1 + num_rows;
+    params.seq_lens[thread] = static_cast<int32_t>(seq_len);
     params.query_offsets[thread + 1] = before + num_rows;
   }
   if (thread == 0) params.query_offsets[0] = 0;

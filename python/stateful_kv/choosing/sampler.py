@@ -173,9 +173,9 @@ def sample_rows(
     rows = [
         per_row(seeds, np.uint64).view(torch.int64),
         torch.tensor([position for _, run in owners for position in run], dtype=torch.int64),
-        per_row([one.temperature for one in settings], np.float32),
-        per_row([min(one.top_k, MAX_TOP_K) for one in settings], np.int32),
-        per_row([one.top_p for one in settings], np.float32),
-        per_row([one.min_p for one in settings], np.float32),
+        per_row([params.temperature for params in settings], np.float32),
+        per_row([min(params.top_k, MAX_TOP_K) for params in settings], np.int32),
+        per_row([params.top_p for params in settings], np.float32),
+        per_row([params.min_p for params in settings], np.float32),
     ]
     return ops.sample(logits, *to_device(rows, logits.device))

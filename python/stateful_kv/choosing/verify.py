@@ -1,4 +1,4 @@
-"""Verifies drafts: chooses the next tokens of every sequence, and keeps the agreeing start of each.
+"""Verifies drafts: chooses the next tokens of every sequence, which accepts a start of its draft.
 
 A draft token is kept only if it equals the token that its row chooses, so drafts never change a
 reply.
@@ -44,10 +44,10 @@ class Outcome(NamedTuple):
     """What one step gave one sequence.
 
     Attributes:
-        tokens: those chosen: the agreeing start of the draft and one more; empty where none was
-            asked for, or none can be chosen.
+        tokens: those chosen: the accepted draft tokens and one more; empty where none was asked
+            for, or none can be chosen.
         num_drafted: tokens that were proposed.
-        num_accepted: how many of them agreed.
+        num_accepted: how many of them were also chosen; see `ops.verify_draft`.
         error: why there are no more tokens, if something is wrong.
     """
 
@@ -80,7 +80,7 @@ def verify(candidates: Sequence[Candidate], output: torch.Tensor | GreedyTokens)
     """Chooses the next tokens of several sequences.
 
     Neighbours that are chosen for in the same way share one op: plain greedy ones an argmax, plain
-    sampled ones a draw. Those with penalties go one by one.
+    sampled ones a draw. Those with penalties are done one after the other.
 
     Args:
         candidates: the sequences.
@@ -124,7 +124,7 @@ def _chooser(candidate: Candidate) -> _Chooser:
 def _choose(
     chooser: _Chooser, candidates: Sequence[Candidate], rows: Sequence[torch.Tensor]
 ) -> list[Outcome]:
-    """All candidates at once; if that fails, one by one, to find whose fault it is."""
+    """All candidates at once; if that fails, each alone, so that only those at fault fail."""
     try:
         return chooser(candidates, *rows)
     except Exception as error:
@@ -176,33 +176,33 @@ def _verify_tokens(
     sizes = _num_rows(candidates)
     if ids.shape[0] != sum(sizes):
         raise RuntimeError(f"logits: expected {sum(sizes)} rows to split, got {ids.shape[0]}")
-    chosen = ids.tolist()
-    num_agreeing = _num_agreeing(candidates, ids, sizes)
-    are_good = bool(torch.isfinite(values).all())
+    chosen, tops = ids.tolist(), values.tolist()
+    num_accepted = _num_accepted(candidates, ids, sizes)
+    are_good = all(map(math.isfinite, tops))
     outcomes: list[Outcome] = []
     start = 0
-    for candidate, size, num in zip(candidates, sizes, num_agreeing, strict=True):
+    for candidate, size, num in zip(candidates, sizes, num_accepted, strict=True):
         run, error = chosen[start : start + num + 1], None
         if not are_good:
-            tops = values[start : start + num + 1].tolist()
-            bad = next((i for i, top in enumerate(tops) if not math.isfinite(top)), None)
+            own_tops = tops[start : start + num + 1]
+            bad = next((i for i, top in enumerate(own_tops) if not math.isfinite(top)), None)
             if bad is not None:
                 run = run[:bad]
-                error = BadLogitsError.at(candidate.next_position + bad, tops[bad])
+                error = BadLogitsError.at(candidate.next_position + bad, own_tops[bad])
         outcomes.append(Outcome(run, size - 1, min(num, len(run)), error))
         start += size
     return outcomes
 
 
-def _num_agreeing(
+def _num_accepted(
     candidates: Sequence[Candidate], ids: torch.Tensor, sizes: Sequence[int]
 ) -> list[int]:
-    """How many tokens of each draft equal those chosen for their rows, up to the first other."""
+    """How many first tokens of each draft equal those chosen for their rows."""
     if len(ids) == len(candidates):
         return [0] * len(candidates)
     offsets = np.zeros(len(sizes) + 1, dtype=np.int32)
     np.cumsum(np.array(sizes) - 1, out=offsets[1:])
     drafts = np.concatenate([candidate.draft_ids for candidate in candidates]).astype(np.int64)
     num_accepted, _ = ops.verify_draft(torch.from_numpy(drafts), ids, torch.from_numpy(offsets))
-    agreeing: list[int] = num_accepted.tolist()
-    return agreeing
+    counts: list[int] = num_accepted.tolist()
+    return counts

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from stateful_kv.drafts.costs import CostCurve
 from stateful_kv.drafts.proposer import ALONE, StepLoad
 
-MIN_MATCH = 2
-MAX_MATCH = 8
+MIN_N = 2
+MAX_N = 8
 
 
 @dataclass
@@ -87,7 +87,7 @@ class DraftPolicy:
         plain_s = costs.linear(num) + num * costs.attention(1, context)
         self._earn(plain_s / num)
         limit = min(limit, self.max_draft)
-        if match_len < MIN_MATCH or limit <= 0:
+        if match_len < MIN_N or limit <= 0:
             return 0
         base_s, fixed_s = costs.linear(load.num_rows), costs.attention(1, context)
         extras = [

@@ -98,7 +98,8 @@ class Planner:
         budget -= len(decoding)
         rows: dict[int, RowPlan] = {}
         num_rows = len(decoding) + min(budget, sum(map(_num_uncomputed, extending)))
-        for turn, draft in zip(decoding, propose(decoding, budget - kept_for_extend), strict=True):
+        drafts = propose(decoding, budget - kept_for_extend) if decoding else []
+        for turn, draft in zip(decoding, drafts, strict=True):
             if turn.is_finished:
                 continue
             draft = draft.first(max(0, budget - kept_for_extend))

@@ -58,6 +58,7 @@ def commit(
     return num_steps
 
 
+@traced("end_steps")
 def end_steps(
     turns: Sequence[Turn],
     *,

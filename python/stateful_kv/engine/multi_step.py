@@ -76,7 +76,7 @@ class MultiStep:
         self._stepper.step(running)
 
     def _take_steps(self, turns: Sequence[Turn]) -> bool:
-        """Takes several steps; False if none was taken, and then no length has moved."""
+        """Takes several steps; False if none was taken or counted: then no length has moved."""
         began_at = time.perf_counter()
         max_draft = self._draft_len(turns)
         if max_draft is None:
@@ -112,7 +112,7 @@ class MultiStep:
             forward_s=[forward_s] * len(turns),
             host_s=time.perf_counter() - began_at - forward_s,
         )
-        return True
+        return any(num_taken)
 
     def _draft_len(self, turns: Sequence[Turn]) -> int | None:
         """Tokens to draft at most in each step of all; None if there are too many turns."""

@@ -5,21 +5,21 @@ Everything that changes a session happens in an operation of `Owner`, one at a t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from concurrent.futures import Future
 from typing import TypeVar
 
 from stateful_kv.engine.config import EngineConfig
 from stateful_kv.engine.multi_step import MultiStep
 from stateful_kv.engine.step import Stepper
 from stateful_kv.engine.thread import Owner
-from stateful_kv.errors import InvariantError, SessionBusyError, SessionClosedError
+from stateful_kv.errors import InvariantError, SessionClosedError
 from stateful_kv.kv.cache import KVCache
 from stateful_kv.models.protocol import Model
 from stateful_kv.session.state import SessionState
-from stateful_kv.session.turn import Basis, Turn, TurnRequest, current_caller
+from stateful_kv.session.turn import Basis, Turn, TurnRequest, busy_error, current_caller
 from stateful_kv.system.tracing import traced
-from stateful_kv.system.waiting import Result
 
 T = TypeVar("T")
 
@@ -45,8 +45,6 @@ class Scheduler:
         self.is_closed = False
         self._vocab_size = model.config.vocab_size
         self._context_len = model.config.max_position
-        # Calls of the thread that does the work itself which wait for turns of theirs.
-        self._num_conducting = 0
 
     @property
     def vocab_size(self) -> int:
@@ -64,21 +62,16 @@ class Scheduler:
         """Runs an operation when its turn comes; returns or raises what it does."""
         return self.owner.perform(operation)
 
-    def submit(self, operation: Callable[[], T]) -> Result[T]:
+    def submit(self, operation: Callable[[], T]) -> Future[T]:
         """Hands an operation to the engine's thread, which is started if need be."""
-        self.owner.start()
         return self.owner.submit(operation)
 
     def post(self, operation: Callable[[], object]) -> None:
-        """Leaves an operation to be run soon and returns at once."""
+        """Leaves an operation to be run soon and returns at once; safe in destructors."""
         self.owner.post(operation)
 
-    def watch(self, user: object, subject: Turn | SessionState) -> None:
-        """Ends a turn or a session soon after the last reference to its user is gone."""
-        self.owner.watch(user, subject)
-
     def catch_up(self) -> None:
-        """Ends what was dropped, if the calling thread can: before state is looked at."""
+        """Runs what was posted, if the calling thread can: before state is looked at."""
         self.owner.catch_up()
 
     def conduct(self, openers: Sequence[Callable[[], Turn]]) -> list[Turn | Exception]:
@@ -88,7 +81,7 @@ class Scheduler:
         """
         opened: list[Turn | Exception] = []
         is_counted = self.owner.is_inline()
-        self._num_conducting += is_counted
+        self.owner.num_conducting += is_counted
         try:
             for opener in openers:
                 try:
@@ -104,21 +97,21 @@ class Scheduler:
                     self._give_up(turn, error)
             raise
         finally:
-            self._num_conducting -= is_counted
+            self.owner.num_conducting -= is_counted
         return opened
 
-    def wait_for_news(self, news: SimpleQueue[None]) -> None:
-        """Returns when there may be something new of a turn, whose listener puts it into `news`."""
+    def wait_for_news(self, news: threading.Event) -> None:
+        """Returns when there may be something new of a turn, whose listener sets `news`."""
         if self.owner.is_inline():
-            self.owner.run(self.step)
+            self.owner.run(self._step_if_open)
         else:
-            news.get()
-        while not news.empty():
-            news.get()
+            news.wait()
+        news.clear()
 
     def running_turn(self, state: SessionState) -> Turn | None:
         """The turn that makes a session busy."""
-        return next((turn for turn in self.turns if turn.state is state), None)
+        turns = (turn for turn in self.turns if turn.state is state)
+        return next((turn for turn in turns if not turn.is_settled), None)
 
     def wait_until_idle(self, state: SessionState) -> None:
         """Returns when no turn of the session runs.
@@ -126,17 +119,14 @@ class Scheduler:
         Raises:
             SessionBusyError: that would never be: the caller itself has the stream of a turn.
         """
-        self.catch_up()
+        self.owner.catch_up()
         if not state.is_busy:
             return
         turn = self.running_turn(state)
-        if self.owner.is_inline() or (turn and turn.request.caller == current_caller()):
-            raise SessionBusyError(
-                f"session {state.name!r} is in the middle of a turn; read its stream to the end "
-                "or close it"
-            )
+        if self.owner.is_inline() or (turn and turn.is_read_by(current_caller(), blocking=True)):
+            raise busy_error(state)
         if turn is not None:
-            turn.settled.wait()
+            turn.settled.result()
 
     # ---- operations ----
 
@@ -155,6 +145,8 @@ class Scheduler:
             return None
         self.cache.check_fits(request.basis.length + len(request.delta))
         turn = Turn.of(request)
+        # In a thread of the engine's own the turn may run before its stream is made.
+        turn.has_reader = request.is_streamed and self.owner.is_threaded
         self.turns.append(turn)
         try:
             turn.begin()
@@ -168,18 +160,9 @@ class Scheduler:
         self.require_open()
         self.sessions.append(state)
 
-    def close_session(self, state: SessionState) -> bool:
-        """Closes a session and an open stream of it; False if another turn has to end first."""
-        if state.is_busy:
-            turn = self.running_turn(state)
-            if turn is None or not turn.has_reader:
-                return False
-            turn.cancel()
-        state.store(with_partial_page=True)
-        state.drop_kv()
+    def forget(self, state: SessionState) -> None:
+        """Forgets a closed session."""
         self.sessions = [other for other in self.sessions if other is not state]
-        state.is_closed = True
-        return True
 
     @traced("step")
     def step(self) -> bool:
@@ -247,39 +230,20 @@ class Scheduler:
         """Whether a step would compute something."""
         return any(not turn.is_finished for turn in self.turns)
 
-    @property
-    def is_untidy(self) -> bool:
-        """Whether a turn is open that nobody waits for."""
-        if self._num_conducting or self.owner.is_threaded:
-            return False
-        return any(not turn.has_reader for turn in self.turns)
-
     def tidy(self) -> None:
         """Ends turns that nobody waits for, which only an interrupt of their caller leaves."""
-        if self.is_untidy:
+        if self.turns and self.owner.num_conducting == 0 and not self.owner.is_threaded:
             for turn in self.turns:
                 if not turn.has_reader:
                     turn.fail(KeyboardInterrupt())
-            self._prune()
-
-    def abandon(self, subject: object) -> None:
-        """Ends a turn whose stream was dropped, or a session that was."""
-        if isinstance(subject, Turn):
-            subject.cancel()
-            self._prune()
-        elif isinstance(subject, SessionState) and not subject.is_closed:
-            turn = self.running_turn(subject)
-            if turn is not None:
-                turn.cancel()
-            self.close_session(subject)
+        self._prune()
 
     def recover(self, error: BaseException | None) -> None:
         """Makes the state whole after an operation that was cut off."""
         error = KeyboardInterrupt() if error is None else error
         for turn in self.turns:
-            if turn.is_settled:
-                turn.announce()  # perhaps it was cut off in the middle of that
-            elif turn.is_accepting or turn.error is not None or not turn.has_reader:
+            # A turn that is settled, but for the last word, is left as it is.
+            if turn.is_accepting or turn.error is not None or not turn.has_reader:
                 turn.fail(error)
         for state in self.sessions:
             state.repair()
@@ -297,9 +261,9 @@ class Scheduler:
     def _wait_until_settled(self, turn: Turn) -> None:
         while not turn.is_settled:
             if self.owner.is_inline():
-                self.owner.run(self.step)
+                self.owner.run(self._step_if_open)
             else:
-                turn.settled.wait()
+                turn.settled.result()
 
     def _give_up(self, turn: Turn, error: BaseException) -> None:
         """The turn never happened: its caller was interrupted."""
@@ -309,6 +273,11 @@ class Scheduler:
             self.owner.run(lambda: turn.fail(error))
         else:
             self.owner.post(lambda: turn.fail(error))
+
+    def _step_if_open(self) -> None:
+        """Another thread may have closed the engine; then all turns have ended."""
+        if not self.is_closed:
+            self.step()
 
     def _prune(self) -> None:
         self.turns = [turn for turn in self.turns if not turn.is_settled]

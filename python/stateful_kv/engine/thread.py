@@ -10,9 +10,6 @@ after a call, when a loop jumps back, at the start of a function; never between 
 and the `try` behind it. So flags are set right before `try` and cleared first thing in `finally`,
 and a `with` on a lock is safe. What an interrupt leaves half done is made whole by `recover`, at
 once or, if that is interrupted too, before the next operation.
-
-An interrupt in a destructor or in a callback of Python's is lost, and with it what was to be done.
-So nothing hangs on those: that an object was dropped is noticed by C code, see `Owner.watch`.
 """
 
 from __future__ import annotations
@@ -23,17 +20,18 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from threading import get_ident
 from typing import Any, Protocol, TypeVar
 
 from stateful_kv.errors import SessionBusyError
-from stateful_kv.system.waiting import Milestone, Result
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+_exiting_thread = 0  # the one that ends the interpreter; no other may begin an operation then
+_FORK_TIMEOUT = 60.0  # seconds that a fork waits for the operation that another thread runs
 
 
 class Worker(Protocol):
@@ -59,15 +57,6 @@ class Worker(Protocol):
         """Ends what nobody waits for any more; called before every operation."""
         ...
 
-    @property
-    def is_untidy(self) -> bool:
-        """Whether `tidy` would change anything."""
-        ...
-
-    def abandon(self, subject: object) -> None:
-        """Ends what belonged to an object that is gone; see `Owner.watch`. May be repeated."""
-        ...
-
     def fail_all(self, error: Exception) -> None:
         """Ends all running turns: a step cannot be taken."""
         ...
@@ -76,50 +65,56 @@ class Worker(Protocol):
 class _Posted:
     """An operation on its way to the owner, and the result on its way back."""
 
-    def __init__(self, operation: Callable[[], Any], result: Result[Any] | None) -> None:
-        self._operation = operation
-        self._result = result
+    def __init__(self, operation: Callable[[], Any], future: Future[Any] | None) -> None:
+        self._parts: tuple[Callable[[], Any], Future[Any] | None] | None = operation, future
+
+    @property
+    def has_caller(self) -> bool:
+        """Whether somebody waits for the result."""
+        return self._parts is not None and self._parts[1] is not None
 
     def run(self) -> None:
         """Runs the operation; an exception goes to who waits for it."""
+        assert self._parts is not None, "an operation runs once"
+        operation, future = self._parts
+        self._parts = None  # it must not keep a session alive as long as steps follow
         try:
-            value = self._operation()
+            result = operation()
         except Exception as error:
-            if self._result is None:
+            if future is None:
                 _log.exception("an operation that nobody waits for failed")
             else:
-                self._result.fail(error)
+                future.set_exception(error)
         except BaseException as error:
-            if self._result is not None:
-                self._result.fail(error)
+            if future is not None:
+                future.set_exception(error)
             raise
         else:
-            if self._result is not None:
-                self._result.put(value)
-
-
-class _Watch(weakref.ref[object]):
-    """Knows what is to be ended once nobody has an object any more."""
-
-    __slots__ = ("subject",)
-    subject: object
+            if future is not None:
+                future.set_result(result)
 
 
 class Owner:
-    """Runs every operation on an engine's state, one after the other."""
+    """Runs every operation on an engine's state, one after the other.
+
+    Attributes:
+        num_conducting: calls of the thread that does the work itself which wait for turns.
+    """
 
     def __init__(self, worker: Worker) -> None:
         """Begins without a thread."""
         self._worker_ref = weakref.ref(worker)  # it owns this: a cycle would keep the pools
-        self._inbox: SimpleQueue[_Posted | _Watch | None] = SimpleQueue()
-        self._watches: dict[int, _Watch] = {}
+        self._inbox: SimpleQueue[_Posted | None] = SimpleQueue()
         self._start_lock = threading.Lock()
         self._lock = threading.Lock()
         self._inside = 0  # the thread that runs an operation
         self._home = 0  # the thread that does the work itself as long as no other calls
         self._thread: threading.Thread | None = None
+        self._is_stopped = False  # no thread is started any more
         self._is_dirty = False  # an operation was cut off and nobody has recovered yet
-        weakref.finalize(self, self._inbox.put, None)
+        self.num_conducting = 0
+        # When Python ends, `_stop_all` ends the thread: it also waits for it.
+        weakref.finalize(self, self._inbox.put, None).atexit = False
         _owners.add(self)
 
     @property
@@ -134,87 +129,86 @@ class Owner:
         return self._thread is not None
 
     def is_inline(self) -> bool:
-        """Whether the calling thread does the work itself; a second thread starts the engine's."""
+        """Whether the calling thread does the work itself; a second thread starts the engine's.
+
+        Raises:
+            SessionBusyError: called from within an operation, which cannot wait for itself.
+        """
+        self._refuse_within()
         if self._thread is not None:
             return False
         with self._start_lock:
             if self._home == 0:
                 self._home = get_ident()
-        if self._home == get_ident():
-            return self._thread is None
-        self.start()
-        return False
+        if self._home != get_ident():
+            self.start()
+        return self._thread is None
 
     def start(self) -> None:
-        """Gives the engine a thread of its own; does nothing if it has one."""
-        if self._thread is not None:
+        """Gives the engine a thread of its own; does nothing if it has one, or was stopped."""
+        with self._start_lock:
+            self._start()
+
+    def _start(self) -> None:
+        if self._is_stopped or self._thread is not None:
             return
-        is_up = Milestone()
-        threading.Thread(
+        thread = threading.Thread(
             target=_serve,
-            args=(weakref.ref(self), self._inbox, is_up),
+            args=(weakref.ref(self), self._inbox),
             name="stateful-kv engine",
             daemon=True,
-        ).start()
-        is_up.wait()
+        )
+        thread.start()
+        self._thread = thread
         self.post(lambda: None)  # streams that are open go on
 
-    def _take_over(self) -> bool:
-        """Makes the calling thread the engine's; False if there is one.
-
-        The new thread itself says so: whoever starts it may be interrupted at any time.
-        """
-        with self._start_lock:
-            if self._thread is None:
-                self._thread = threading.current_thread()
-            return self._thread is threading.current_thread()
-
     def stop(self) -> None:
-        """Ends the engine's thread, if it has one, after the operation that it is in."""
-        with self._start_lock:
+        """Ends the engine's thread, if it has one, after the operation that it is in; for good.
+
+        What was submitted before is still run. Later operations are run by whoever calls, which is
+        enough for an engine that is closed. May be interrupted and called again.
+        """
+        self._refuse_within()
+        with self._start_lock:  # nobody submits anything behind the word that ends the thread
+            self._is_stopped = True
             thread = self._thread
-            if thread is None:
-                return
-            # An interrupt comes after both: an operation is handed over either before or to none.
-            self._thread = None
-            self._inbox.put(None)
-        if thread is not threading.current_thread():
+            if thread is not None:
+                self._inbox.put(None)
+        if thread is not None:
             thread.join()
+        self._thread = None
 
     def post(self, operation: Callable[[], Any]) -> None:
         """Leaves an operation for the owner and returns at once.
 
-        Without a thread it is run when the next operation begins.
+        For destructors, which may run anywhere, also in the middle of an operation: without a
+        thread it is run when the next operation begins.
         """
         self._inbox.put(_Posted(operation, None))
-
-    def watch(self, user: object, subject: object) -> None:
-        """Has the worker abandon `subject` soon after the last reference to `user` is gone.
-
-        The reference that notices it is put into the inbox by C code, which may run anywhere,
-        also in the middle of an operation, and cannot be interrupted.
-        """
-        watch = _Watch(user, self._inbox.put)
-        watch.subject = subject
-        self._watches[id(watch)] = watch
 
     def catch_up(self) -> None:
         """Runs what was left for the owner, if the calling thread can do that now."""
         is_free = self._thread is None and self._inside == 0
-        if is_free and self._home in (0, get_ident()):
-            if self._is_dirty or self._worker.is_untidy or not self._inbox.empty():
-                self.run(lambda: None)
+        if is_free and self._home == get_ident() and not self._inbox.empty():
+            self.run(lambda: None)
 
-    def submit(self, operation: Callable[[], T]) -> Result[T]:
-        """Hands an operation to the engine's thread; it is run, whoever gives up waiting."""
-        result: Result[T] = Result()
-        posted = _Posted(operation, result)
-        while True:
-            with self._start_lock:  # a thread that is being stopped takes no more
-                if self._thread is not None:
-                    self._inbox.put(posted)
-                    return result
-            self.start()
+    def submit(self, operation: Callable[[], T]) -> Future[T]:
+        """Hands an operation to the engine's thread, which is started if need be.
+
+        Raises:
+            SessionBusyError: called from within an operation, which cannot wait for itself.
+        """
+        self._refuse_within()
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()  # it runs, whoever gives up waiting
+        posted = _Posted(operation, future)
+        with self._start_lock:
+            if not self._is_stopped:
+                self._start()
+                self._inbox.put(posted)
+                return future
+        self.run(posted.run)
+        return future
 
     def perform(self, operation: Callable[[], T]) -> T:
         """Runs an operation when its turn comes; returns or raises what it does.
@@ -222,19 +216,18 @@ class Owner:
         Raises:
             SessionBusyError: called from within an operation, which cannot wait for itself.
         """
-        if self._inside == get_ident():
-            raise SessionBusyError("the engine is in the middle of a step, which called it again")
-        return self.run(operation) if self.is_inline() else self.submit(operation).get()
+        return self.run(operation) if self.is_inline() else self.submit(operation).result()
 
     def run(self, operation: Callable[[], T]) -> T:
         """Runs an operation in the calling thread, which must be the one that does the work."""
-        if self._inside == get_ident():
-            raise SessionBusyError("the engine is in the middle of a step, which called it again")
+        self._refuse_within()
         with self._lock:
+            if _exiting_thread and _exiting_thread != get_ident():
+                raise _PythonEnds
             self._inside = get_ident()
             try:
                 if self._is_dirty:
-                    self._recover(None)
+                    self._worker.recover(None)
                 self._is_dirty = True
                 self._run_posted()
                 self._worker.tidy()
@@ -245,18 +238,11 @@ class Owner:
                 self._is_dirty = False
                 raise
             except BaseException as error:
-                self._recover(error)
+                self._worker.recover(error)
                 self._is_dirty = False
                 raise
             finally:
                 self._inside = 0
-
-    def _recover(self, error: BaseException | None) -> None:
-        """Makes the state whole; what was dropped and perhaps not ended yet is left again."""
-        self._worker.recover(error)
-        for watch in tuple(self._watches.values()):
-            if watch() is None:
-                self._inbox.put(watch)
 
     def _run_posted(self) -> None:
         """Runs what was left for the owner; the engine's thread takes its operations one by one."""
@@ -266,60 +252,65 @@ class Owner:
             except Empty:
                 return
             if posted is not None:
-                self._run_one(posted)
+                posted.run()
 
-    def _run_one(self, posted: _Posted | _Watch) -> None:
-        if isinstance(posted, _Posted):
-            posted.run()
-            return
-        try:
-            self._worker.abandon(posted.subject)
-        except Exception:
-            _log.exception("what was dropped could not be ended")
-        self._watches.pop(id(posted), None)
+    def _refuse_within(self) -> None:
+        if self._inside == get_ident():
+            raise SessionBusyError("the engine is in the middle of a step, which called it again")
 
-    def _serve(self, posted: _Posted | _Watch) -> None:
+    def _serve(self, posted: _Posted) -> None:
         """The engine's thread: runs an operation, then steps as long as there is work."""
-        next_posted: _Posted | _Watch | None = posted
+        self._run_in_thread(posted.run)
         while True:
-            try:
-                if next_posted is not None:
-                    self.run(partial(self._run_one, next_posted))
-                elif self._worker.has_work and self._thread is not None:
-                    self.run(self._worker.step)
-                else:
-                    return
-            except Exception as error:
-                self.run(lambda error=error: self._worker.fail_all(error))  # type: ignore[misc]
-            except BaseException:
-                _log.exception("the engine's thread goes on after")
-            try:
-                next_posted = self._inbox.get_nowait()
+            # Only what is there already: callers that never pause must not keep turns from going on
+            for _ in range(self._inbox.qsize()):
+                next_posted = self._inbox.get()
                 if next_posted is None:  # `stop`: again, for the loop that waits for it
                     self._inbox.put(None)
                     return
-            except Empty:
-                next_posted = None
+                self._run_in_thread(next_posted.run)
+            if not self._worker.has_work:
+                return
+            self._run_in_thread(self._worker.step)
+
+    def _run_in_thread(self, operation: Callable[[], object]) -> None:
+        """Runs an operation; whatever it raises, the thread goes on, or nobody would be served."""
+        try:
+            try:
+                self.run(operation)
+            except Exception as error:
+                failure = error
+                self.run(lambda: self._worker.fail_all(failure))
+        except _PythonEnds:
+            raise
+        except BaseException:
+            _log.exception("the engine's thread goes on after")
+
+    def _hold_for_fork(self) -> bool:
+        """Waits until no other thread is in an operation: a child could not end it."""
+        return self._inside != get_ident() and self._lock.acquire(timeout=_FORK_TIMEOUT)
 
     def _after_fork(self) -> None:
         """In a child process: of all threads only the one that forked is there."""
         self._start_lock = threading.Lock()
-        self._lock = threading.Lock()
-        self._is_dirty = self._is_dirty or self._inside != 0
-        self._inside, self._home, self._thread = 0, 0, None
+        self._thread = None
+        left, self._inbox = self._inbox, SimpleQueue()
+        weakref.finalize(self, self._inbox.put, None).atexit = False
+        while not left.empty():
+            posted = left.get_nowait()
+            if posted is not None and not posted.has_caller:
+                self._inbox.put(posted)
+        if self._inside != get_ident():  # else the child goes on with the operation
+            self._lock = threading.Lock()
+            self._is_dirty = self._is_dirty or self._inside != 0
+            self._inside = 0
+        if self._home != get_ident():
+            self._home = self.num_conducting = 0
 
 
-def _serve(
-    owner: weakref.ref[Owner],
-    inbox: SimpleQueue[_Posted | _Watch | None],
-    is_up: Milestone,
-) -> None:
+def _serve(owner: weakref.ref[Owner], inbox: SimpleQueue[_Posted | None]) -> None:
     """What the engine's thread runs; while it waits, it does not keep the engine alive."""
-    alive = owner()
-    has_work = alive is not None and alive._take_over()
-    del alive
-    is_up.reach()
-    while has_work:
+    while True:
         posted = inbox.get()
         alive = owner()
         worker = None if alive is None else alive._worker_ref()
@@ -329,17 +320,50 @@ def _serve(
         del posted, alive, worker
 
 
+class _PythonEnds(SystemExit):
+    """Ends, without a word, a daemon thread that calls an engine while the interpreter ends."""
+
+
 @atexit.register
 def _stop_all() -> None:
-    """A thread in the middle of a step must not outlive what the interpreter tears down."""
+    """No thread may be in a step when the interpreter ends: it is ended in the middle of C++.
+
+    That holds for the threads of engines, and for daemon threads that do the work themselves.
+    """
+    global _exiting_thread
+    _exiting_thread = get_ident()
     for owner in list(_owners):
         owner.stop()
+        with owner._lock:
+            pass
 
 
-def _after_fork_in_child() -> None:
-    for owner in list(_owners):
-        owner._after_fork()
+class _Forks:
+    """Lets a process fork only between operations, so that the child's copy of a state is whole."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: list[Owner] = []
+
+    def before(self) -> None:
+        self._lock.acquire()
+        self._held = [owner for owner in list(_owners) if owner._hold_for_fork()]
+
+    def after_in_parent(self) -> None:
+        while self._held:
+            self._held.pop()._lock.release()
+        self._lock.release()
+
+    def after_in_child(self) -> None:
+        self._lock, self._held = threading.Lock(), []
+        for owner in list(_owners):
+            owner._after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    _forks = _Forks()
+    os.register_at_fork(
+        before=_forks.before,
+        after_in_parent=_forks.after_in_parent,
+        after_in_child=_forks.after_in_child,
+    )

@@ -10,12 +10,14 @@ activations) or dense (on any device, activations in their dtype).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from stateful_kv import ops
+from stateful_kv._native import _C
 from stateful_kv.kv.batch import Batch
 from stateful_kv.models.config import ModelConfig
 from stateful_kv.models.dense import DenseLinear
@@ -56,6 +58,30 @@ def _flat(linear: Projection) -> list[Tensor | None] | None:
     return [part.weight, part.scales, part.minimums, linear.bias]
 
 
+_Scales = Tensor | None
+# Token ids to logit rows of a batch, K and V, their scales.
+_PassTensors = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, _Scales, _Scales
+]
+
+
+def _pass_tensors(batch: Batch, cache: LayeredCache) -> _PassTensors:
+    """What every method of `_C.LayerStack` takes, in its order."""
+    return (
+        batch.token_ids,
+        batch.positions,
+        batch.slots,
+        batch.page_table,
+        batch.seq_lens,
+        batch.query_offsets,
+        batch.logit_rows,
+        cache.k,
+        cache.v,
+        cache.k_scales,
+        cache.v_scales,
+    )
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """Weights of one layer.
@@ -81,7 +107,7 @@ class LayerWeights:
     k_norm: Tensor | None = None
 
     def tensors(self) -> list[Tensor | None] | None:
-        """What `ops.decoder_layers` takes of a layer; None if one is not of one packed part."""
+        """The layer as `ops.LAYER_TENSORS`; None if a projection is not of one packed part."""
         projections = [_flat(linear) for linear in (self.qkv, self.o, self.gate_up, self.down)]
         if any(projection is None for projection in projections):
             return None
@@ -123,9 +149,6 @@ class LlamaModel:
         self.weights = weights
         self._scale = config.head_dim**-0.5
         self._window = config.sliding_window or 0
-        parts = [layer.tensors() for layer in weights.layers]
-        # None where a file stores projections of one input in several formats.
-        self._flat = None if None in parts else [t for part in parts if part for t in part]
         # None with packed weights, and where no row count suits all products.
         self._rows = common(list(self.row_counts.values()))
 
@@ -149,7 +172,37 @@ class LlamaModel:
                     found["x".join(map(str, linear.weight.shape))] = linear.rows
         return found
 
-    @torch.no_grad()
+    @cached_property
+    def _stack(self) -> _C.LayerStack | None:
+        """The model in one object, if all its products are of one packed part, else None.
+
+        A file may store projections of one input in several formats.
+        """
+        config, weights = self.config, self.weights
+        layers = [layer.tensors() for layer in weights.layers]
+        head = _flat(weights.head)
+        if head is None or isinstance(weights.head, DenseLinear):
+            return None
+        flat: list[Tensor | None] = []
+        for tensors in layers:
+            if tensors is None:
+                return None
+            flat += tensors
+        with torch.no_grad():
+            return _C.LayerStack(
+                flat,
+                weights.cos_sin,
+                weights.embedding,
+                weights.norm,
+                head,
+                weights.head.out_features,
+                config.num_heads,
+                config.num_kv_heads,
+                config.rms_norm_eps,
+                self._scale,
+                self._window,
+            )
+
     def forward(self, batch: Batch, cache: LayeredCache) -> Tensor:
         """Writes the batch's keys and values into the cache and computes logits.
 
@@ -163,12 +216,14 @@ class LlamaModel:
         Raises:
             IndexError: a token id outside [0, V); on the CPU only, elsewhere they are trusted.
         """
-        hidden = self._run_layers(batch, cache)
-        eps = self.config.rms_norm_eps
-        logits = self.weights.head(hidden, norm_weight=self.weights.norm, norm_eps=eps)
-        return logits[: batch.logit_rows.shape[0]].float()
+        if self._stack is not None:
+            return self._stack.forward(*_pass_tensors(batch, cache))
+        with torch.no_grad():
+            hidden = self._run_layers(batch, cache)
+            eps = self.config.rms_norm_eps
+            logits = self.weights.head(hidden, norm_weight=self.weights.norm, norm_eps=eps)
+            return logits[: batch.logit_rows.shape[0]].float()
 
-    @torch.no_grad()
     def forward_top_k(self, batch: Batch, cache: LayeredCache, k: int) -> tuple[Tensor, Tensor]:
         """As `forward`, but of each row of logits only the k largest, the others never written.
 
@@ -184,17 +239,20 @@ class LlamaModel:
         Raises:
             IndexError: a token id outside [0, V); on the CPU only, elsewhere they are trusted.
         """
-        hidden = self._run_layers(batch, cache)
-        eps, num_rows = self.config.rms_norm_eps, batch.logit_rows.shape[0]
-        ids, values = self.weights.head.top_k(hidden, k, self.weights.norm, eps)
-        return ids[:num_rows], values[:num_rows]
+        if self._stack is not None:
+            return self._stack.forward_top_k(*_pass_tensors(batch, cache), k)
+        with torch.no_grad():
+            hidden = self._run_layers(batch, cache)
+            eps, num_rows = self.config.rms_norm_eps, batch.logit_rows.shape[0]
+            ids, values = self.weights.head.top_k(hidden, k, self.weights.norm, eps)
+            return ids[:num_rows], values[:num_rows]
 
     def padded_rows(self, num_rows: int) -> int:
         """Rows that are computed in all where `num_rows` are asked for; more with dense weights."""
         return num_rows if self._rows is None else self._rows.padded(num_rows)
 
     def _run_layers(self, batch: Batch, cache: LayeredCache) -> Tensor:
-        """Embedding and layers: [R or more, E], before the last norm.
+        """Embedding and layers, op by op: [R or more, E], before the last norm.
 
         Nothing here waits for a device, and all shapes follow from those of the arguments.
         """
@@ -202,8 +260,7 @@ class LlamaModel:
         x = self.weights.embedding.index_select(0, batch.token_ids)
         if isinstance(self.weights.head, DenseLinear):
             return self._run_dense(x, batch, cache)
-        run = self._run_ops if self._flat is None else self._run_fused
-        return run(x, batch, cache)
+        return self._run_ops(x, batch, cache)
 
     def _padded(self, batch: Batch) -> Batch:
         """The batch with rows of no sequence behind its own, as many as the products would add.
@@ -225,34 +282,8 @@ class LlamaModel:
             batch = replace(batch, logit_rows=pad(batch.logit_rows, (0, more_rows)))
         return batch
 
-    def _run_fused(self, x: Tensor, batch: Batch, cache: LayeredCache) -> Tensor:
-        """All layers in one op: float32[N, E] -> float32[R, E]."""
-        assert self._flat is not None
-        output = x.new_empty(batch.logit_rows.shape[0], x.shape[1])
-        ops.decoder_layers(
-            x,
-            self._flat,
-            batch.positions,
-            self.weights.cos_sin,
-            batch.slots,
-            batch.page_table,
-            batch.seq_lens,
-            batch.query_offsets,
-            batch.logit_rows,
-            self.config.num_heads,
-            self.config.rms_norm_eps,
-            self._scale,
-            self._window,
-            cache.k,
-            cache.v,
-            output,
-            cache.k_scales,
-            cache.v_scales,
-        )
-        return output
-
     def _run_ops(self, x: Tensor, batch: Batch, cache: LayeredCache) -> Tensor:
-        """The same, op by op."""
+        """All layers of packed weights: float32[N, E] -> float32[R, E]."""
         eps, last = self.config.rms_norm_eps, len(self.weights.layers) - 1
         for index, layer in enumerate(self.weights.layers):
             qkv = layer.qkv(x, norm_weight=layer.attn_norm, norm_eps=eps)

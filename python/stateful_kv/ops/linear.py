@@ -42,7 +42,7 @@ def quantized_linear(
             `silu_mul`.
         norm_weight: float32[K], contiguous, or None - then x is normalised first, as by
             `rms_norm(x, norm_weight, norm_eps)`.
-        norm_eps: a finite number >= 0.
+        norm_eps: a number >= 0 that float32 can hold.
         silu_mul: return silu(gate) * up, where the panels of the weight are by turns 16 columns
             of the gate and the 16 columns of up that go with them.
 
@@ -115,7 +115,7 @@ def linear_top_k(
         out_features: columns of the product.
         k: a number from 1 to 64, at most out_features.
         norm_weight: float32[K], contiguous, or None.
-        norm_eps: a finite number >= 0.
+        norm_eps: a number >= 0 that float32 can hold.
 
     Returns:
         ids: int64[N, k], largest output first.

@@ -131,7 +131,8 @@ def advance_sequences(
         lengths: int32[S], contiguous, room for the new tokens below L - grows in place.
         num_left: int32[S], contiguous, at least 1 of a sequence with rows - counts down in place;
             becomes 0 with a stop token, -1 where a largest logit was not finite.
-        counts: int32[S, 3], contiguous - steps, drafted tokens and accepted ones are added.
+        counts: int32[S, 3], contiguous - steps, drafted tokens and accepted ones are added;
+            they stay at 2^31 - 1.
     """
     _ops.advance_sequences.default(
         token_ids,
@@ -193,7 +194,7 @@ def ngram_lookup(
             [offsets[s], offsets[s + 1]).
         min_n: shortest suffix that counts, >= 1.
         max_n: longest suffix looked for, >= min_n.
-        max_draft: tokens proposed at most, >= 0.
+        max_draft: tokens proposed at most, from 0 to (2^31 - 1) / S.
         lengths: int32[S], contiguous, or None - then only the first lengths[s] of these tokens are
             the text of s; the others are never read.
 

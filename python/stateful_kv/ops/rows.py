@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         x: float32[..., E] (CUDA: also float16, bfloat16), E contiguous, the leading dimensions
             folding into at most two strides - so the heads of a fused projection are read in place.
         weight: float32[E], contiguous.
-        eps: a number >= 0.
+        eps: a number >= 0 that float32 can hold.
         residual: dtype and shape of x, contiguous, memory of its own, or None - written in place.
 
     Returns:

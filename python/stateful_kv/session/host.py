@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 from stateful_kv.session.state import SessionState
 from stateful_kv.session.turn import Turn, TurnRequest
-from stateful_kv.system.waiting import Result
 
 T = TypeVar("T")
 
@@ -34,20 +34,16 @@ class Host(Protocol):
         """Runs an operation when its turn comes; returns or raises what it does."""
         ...
 
-    def submit(self, operation: Callable[[], T]) -> Result[T]:
+    def submit(self, operation: Callable[[], T]) -> Future[T]:
         """Hands an operation to the engine's thread, which is started if need be."""
         ...
 
     def post(self, operation: Callable[[], object]) -> None:
-        """Leaves an operation to be run soon and returns at once."""
-        ...
-
-    def watch(self, user: object, subject: Turn | SessionState) -> None:
-        """Ends a turn or a session soon after the last reference to its user is gone."""
+        """Leaves an operation to be run soon and returns at once; safe in destructors."""
         ...
 
     def catch_up(self) -> None:
-        """Ends what was dropped, if the calling thread can: before state is looked at."""
+        """Runs what was posted, if the calling thread can: before state is looked at."""
         ...
 
     def open(self, request: TurnRequest) -> Turn | None:
@@ -67,8 +63,8 @@ class Host(Protocol):
         """
         ...
 
-    def wait_for_news(self, news: SimpleQueue[None]) -> None:
-        """Returns when there may be something new of a turn, whose listener puts it into `news`."""
+    def wait_for_news(self, news: threading.Event) -> None:
+        """Returns when there may be something new of a turn, whose listener sets `news`."""
         ...
 
     def running_turn(self, state: SessionState) -> Turn | None:
@@ -87,10 +83,6 @@ class Host(Protocol):
         """Makes a session known; part of an operation."""
         ...
 
-    def close_session(self, state: SessionState) -> bool:
-        """Closes a session and an open stream of it; part of an operation.
-
-        Returns:
-            False if another turn has to end first.
-        """
+    def forget(self, state: SessionState) -> None:
+        """Forgets a closed session; part of an operation."""
         ...

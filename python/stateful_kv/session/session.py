@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,9 +24,9 @@ from stateful_kv.session.ledger import TurnRecord
 from stateful_kv.session.receipts import Reply
 from stateful_kv.session.state import SessionState
 from stateful_kv.session.stream import AsyncTurnStream, TurnStream
-from stateful_kv.session.turn import Basis, Turn, TurnRequest
+from stateful_kv.session.turn import Basis, Turn, TurnRequest, busy_error, current_caller
+from stateful_kv.session.waiting import AsyncNews, give_up, wait_for
 from stateful_kv.system.tracing import traced
-from stateful_kv.system.waiting import awakener
 from stateful_kv.text.messages import Tokenizer, as_messages
 from stateful_kv.text.stopping import StopRules
 from stateful_kv.types import Message, Messages, TokenArray
@@ -46,6 +45,8 @@ class Session:
     caller itself has open raises SessionBusyError instead.
     """
 
+    _is_made = False  # so that one whose making was interrupted can be dropped
+
     def __init__(
         self,
         host: Host,
@@ -63,7 +64,8 @@ class Session:
         self._system = system
         self._tools = tools
         self._sampling = sampling
-        host.watch(self, state)
+        self._last_reply: Reply | None = None
+        self._is_made = True
 
     def __repr__(self) -> str:
         return f"<Session {self.name!r}: {self.num_turns} turns, {self.num_tokens} tokens>"
@@ -73,6 +75,10 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        if self._is_made and not self._state.is_closed:
+            self._host.post(self._close_dropped)
 
     @property
     def name(self) -> str:
@@ -118,7 +124,8 @@ class Session:
     @property
     def last_reply(self) -> Reply | None:
         """The reply of the last turn; None if that failed, was interrupted or still runs."""
-        return self._settled_state().last_reply
+        self._host.catch_up()
+        return self._last_reply
 
     @traced("turn")
     def turn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
@@ -147,19 +154,18 @@ class Session:
         the tokens whose text was read stay in the session, the others never happened; if none
         was read, neither message nor reply stay.
         """
-        news: SimpleQueue[None] = SimpleQueue()
-        listener = partial(news.put, None)
-        open_turn = self._opener(message, max_tokens, sampling, listener)
-        return TurnStream(self._host, open_turn(), news)
+        news = threading.Event()
+        open_turn = self._opener(message, max_tokens, sampling, listener=news.set)
+        return TurnStream(self._host, open_turn(), news, self._keep_reply)
 
     async def aturn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
         """Like `turn`, for asyncio. Cancelled, it ends the turn within one step: it never was."""
+        self._keep_reply(None)
         turn = await self._open_async(message, max_tokens, sampling, None)
         try:
-            await turn.settled.wait_async()
+            await wait_for(turn.settled)
         except BaseException as error:
-            cut_off = error
-            self._host.post(lambda: turn.fail(cut_off))
+            await give_up(self._host, lambda: turn.withdraw(asyncio.CancelledError()), error)
             raise
         return self._collect(turn)
 
@@ -171,9 +177,10 @@ class Session:
         A task that is cancelled while it waits for a piece ends the turn within one step: it
         never was. `aclose` ends it early like `TurnStream.close`.
         """
-        news = asyncio.Event()
-        turn = await self._open_async(message, max_tokens, sampling, awakener(news))
-        return AsyncTurnStream(self._host, turn, news)
+        self._keep_reply(None)
+        news = AsyncNews()
+        turn = await self._open_async(message, max_tokens, sampling, news.tell)
+        return AsyncTurnStream(self._host, turn, news, self._keep_reply)
 
     def fork(self, name: str | None = None) -> Session:
         """Returns an independent session with the same past; shares KV, copies none."""
@@ -211,9 +218,8 @@ class Session:
 
         A stream that is open ends as if it were closed; a `turn` of another thread ends first.
         """
-        state = self._state
-        while not state.is_closed and not self._host.perform(self._close):
-            self._host.wait_until_idle(state)
+        while not self._state.is_closed and not self._host.perform(self._close):
+            self._host.wait_until_idle(self._state)
 
     def _settled_state(self) -> SessionState:
         """The state, after streams that were dropped have ended."""
@@ -233,11 +239,28 @@ class Session:
         quicker they are others when the request arrives, and it is made anew.
         """
 
+        def open_request(request: TurnRequest) -> Turn | None:
+            opened: list[Turn | None] = []
+            try:
+                self._host.perform(lambda: opened.append(self._host.open(request)))
+            except Exception:
+                raise
+            except BaseException as error:
+                cut_off = error
+
+                def withdraw() -> None:
+                    # Behind the operation that opens the turn, which is run all the same.
+                    if opened and opened[0] is not None:
+                        opened[0].withdraw(cut_off)
+
+                self._host.post(withdraw)
+                raise
+            return opened[0]
+
         def open_turn() -> Turn:
             while True:
                 self._host.wait_until_idle(self._state)
-                request = self._make_request(message, max_tokens, sampling, listener)
-                turn = self._host.perform(lambda: self._host.open(request))  # noqa: B023
+                turn = open_request(self._make_request(message, max_tokens, sampling, listener))
                 if turn is not None:
                     return turn
 
@@ -252,30 +275,30 @@ class Session:
     ) -> Turn:
         while True:
             other = self._host.running_turn(self._state)
-            if other is not None and other.request.caller == asyncio.current_task():
-                self._host.wait_until_idle(self._state)  # raises
+            if other is not None and other.is_read_by(current_caller(), blocking=False):
+                raise busy_error(self._state)
             if other is not None:
-                await other.settled.wait_async()
+                await wait_for(other.settled)
             request = self._make_request(message, max_tokens, sampling, listener)
             turn = await self._submit_async(request)
             if turn is not None:
-                turn.has_reader = listener is not None
                 return turn
 
     async def _submit_async(self, request: TurnRequest) -> Turn | None:
         opened = self._host.submit(lambda: self._host.open(request))
         try:
-            return await opened.get_async()
+            await wait_for(opened)
         except BaseException as error:
-            failure = error
 
-            def give_up() -> None:
-                turn = None if opened.error is not None else opened.get()
+            def withdraw() -> None:
+                # Behind the operation that opens the turn: it has been run.
+                turn = None if opened.exception() else opened.result()
                 if turn is not None:
-                    turn.fail(failure)
+                    turn.withdraw(asyncio.CancelledError())
 
-            self._host.post(give_up)  # runs behind the operation that opens the turn
+            await give_up(self._host, withdraw, error)
             raise
+        return opened.result()
 
     def _when_idle(self, operation: Callable[[], T]) -> T:
         """Runs an operation when no turn of this session runs."""
@@ -320,19 +343,41 @@ class Session:
 
     def _close(self) -> bool:
         """An operation; False if another thread's turn has to end first."""
-        return self._state.is_closed or self._host.close_session(self._state)
+        state = self._state
+        if state.is_busy:
+            turn = self._host.running_turn(state)
+            if turn is None or not turn.has_reader:
+                return False
+            turn.cancel()
+        state.store(with_partial_page=True)
+        state.drop_kv()
+        self._host.forget(state)
+        state.is_closed = True
+        return True
+
+    def _close_dropped(self) -> None:
+        """An operation: nobody has the session any more, nor a stream of it."""
+        turn = self._host.running_turn(self._state)
+        if turn is not None:
+            turn.cancel()
+        if not self._state.is_closed:
+            self._close()
 
     def _require_host(self, host: Host) -> None:
         """Raises InvalidRequestError unless the session belongs to `host`."""
         if self._host is not host:
             raise InvalidRequestError(f"session {self.name!r}: it belongs to another engine")
 
+    def _keep_reply(self, reply: Reply | None) -> None:
+        self._last_reply = reply
+
     def _collect(self, opened: Turn | Exception) -> Reply:
-        """Returns the reply of a settled turn, or raises its error."""
+        """Returns the reply of a settled turn and keeps it as last_reply, or raises its error."""
+        self._last_reply = None
         if isinstance(opened, Exception):
-            self._state.last_reply = None
             raise opened
-        return opened.result()
+        self._last_reply = opened.result()
+        return self._last_reply
 
     def _make_request(
         self,

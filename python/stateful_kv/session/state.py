@@ -9,7 +9,6 @@ from stateful_kv.errors import OutOfPagesError
 from stateful_kv.kv.cache import KVCache
 from stateful_kv.kv.roots import DEFAULT_ROOT, RootKey
 from stateful_kv.session.ledger import Ledger
-from stateful_kv.session.receipts import Reply
 
 
 @dataclass(eq=False)
@@ -28,7 +27,6 @@ class SessionState:
         root: with which sessions it may share KV.
         sequence_id: the session's sequence; None, or gone, while its KV is dropped.
         num_stored: tokens of this sequence the prefix tree has been given.
-        last_reply: of the last turn; None if that failed or still runs.
         is_busy: a turn runs.
         is_closed: no turn may start any more.
     """
@@ -40,7 +38,6 @@ class SessionState:
     root: RootKey = DEFAULT_ROOT
     sequence_id: int | None = None
     num_stored: int = 0
-    last_reply: Reply | None = None
     is_busy: bool = False
     is_closed: bool = False
 
@@ -52,7 +49,8 @@ class SessionState:
     @property
     def committed_len(self) -> int:
         """Tokens of the ledger that have KV."""
-        return 0 if self.sequence_id is None else self.cache.length(self.sequence_id)
+        sequence_id = self.sequence_id  # once: another thread may look at this at any time
+        return 0 if sequence_id is None else self.cache.length(sequence_id)
 
     def bind(self) -> None:
         """Makes sure there is a sequence: its own, or a new one on the longest cached prefix.

@@ -3,49 +3,66 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from queue import SimpleQueue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 
+from stateful_kv.errors import SessionBusyError
 from stateful_kv.session.host import Host
+from stateful_kv.session.receipts import Reply
 from stateful_kv.session.turn import Turn
+from stateful_kv.session.waiting import AsyncNews, finish, give_up
+
+KeepReply = Callable[[Reply | None], None]
 
 
 class TurnStream(Iterator[str]):
     """Iterator over the text of a running turn; see `Session.stream`."""
 
-    def __init__(self, host: Host, turn: Turn, news: SimpleQueue[None]) -> None:
+    # So that one whose making was interrupted can be dropped.
+    _turn: Turn | None = None
+    _keep_reply: KeepReply
+
+    def __init__(
+        self, host: Host, turn: Turn, news: threading.Event, keep_reply: KeepReply
+    ) -> None:
         """Not for users."""
         self._host = host
         self._news = news
+        self._keep_reply = keep_reply
         self._is_over = False
         self._turn = turn
-        host.watch(self, turn)
         turn.has_reader = True
+        keep_reply(None)
 
     @property
     def error(self) -> BaseException | None:
         """Why the turn failed; None if it did not."""
-        return self._turn.error
+        return None if self._turn is None else self._turn.error
 
     def __next__(self) -> str:
         turn = self._turn
-        if self._is_over:
+        if turn is None or self._is_over:
             raise StopIteration
         try:
             while True:
+                is_finished = turn.is_finished  # looked at first: no piece comes behind the end
                 piece = turn.reader.take()
                 if piece is not None:
                     return piece
-                if turn.is_finished:
+                if is_finished:
                     break
                 self._host.wait_for_news(self._news)
             if not turn.is_settled:
                 self._host.perform(turn.close_books)
+        except SessionBusyError:  # asked from within a step: the stream goes on
+            raise
         except BaseException as error:
             failure = error
             self._host.perform(lambda: turn.fail(failure))
+            self._is_over = True
             raise
         self._is_over = True
+        self._keep_reply(turn.reply)
         turn.result()  # raises if the turn failed
         raise StopIteration
 
@@ -59,6 +76,12 @@ class TurnStream(Iterator[str]):
             if kind is None:  # else the error that leaves the block is the one to see
                 raise
 
+    def __del__(self) -> None:
+        turn, keep_reply = self._turn, self._keep_reply
+        if turn is not None and not turn.is_settled:
+            turn.has_reader = False
+            self._host.post(lambda: _end_dropped(turn, keep_reply))
+
     def close(self) -> None:
         """Ends the turn early if it still runs. Idempotent.
 
@@ -66,11 +89,12 @@ class TurnStream(Iterator[str]):
             Exception: the one that the turn failed with, if the iterator has not raised it.
         """
         turn = self._turn
-        if self._is_over:
+        if turn is None or self._is_over:
             return
         if not turn.is_settled:
             self._host.perform(turn.cancel)
         self._is_over = True
+        self._keep_reply(turn.reply)
         if turn.error is not None:
             turn.result()
 
@@ -78,13 +102,13 @@ class TurnStream(Iterator[str]):
 class AsyncTurnStream(AsyncIterator[str]):
     """The same for asyncio; see `Session.astream`."""
 
-    def __init__(self, host: Host, turn: Turn, news: asyncio.Event) -> None:
+    def __init__(self, host: Host, turn: Turn, news: AsyncNews, keep_reply: KeepReply) -> None:
         """Not for users."""
         self._host = host
         self._turn = turn
         self._news = news
+        self._keep_reply = keep_reply
         self._is_over = False
-        host.watch(self, turn)
 
     @property
     def error(self) -> BaseException | None:
@@ -98,19 +122,22 @@ class AsyncTurnStream(AsyncIterator[str]):
         try:
             while True:
                 self._news.clear()
+                is_finished = turn.is_finished  # looked at first: no piece comes behind the end
                 piece = turn.reader.take()
                 if piece is not None:
                     return piece
-                if turn.is_finished:
+                if is_finished:
                     break
                 await self._news.wait()
             if not turn.is_settled:
-                await self._host.submit(turn.close_books).get_async()
+                await finish(self._host.submit(turn.close_books))
         except BaseException as error:
-            failure = error
-            self._host.post(lambda: turn.fail(failure))
+            self._is_over = True
+            turn.has_reader = False
+            await give_up(self._host, lambda: turn.withdraw(asyncio.CancelledError()), error)
             raise
         self._is_over = True
+        self._keep_reply(turn.reply)
         turn.result()  # raises if the turn failed
         raise StopAsyncIteration
 
@@ -124,13 +151,32 @@ class AsyncTurnStream(AsyncIterator[str]):
             if kind is None:  # else the error that leaves the block is the one to see
                 raise
 
+    def __del__(self) -> None:
+        turn, keep_reply = self._turn, self._keep_reply
+        if not turn.is_settled:
+            turn.has_reader = False
+            self._host.post(lambda: _end_dropped(turn, keep_reply))
+
     async def aclose(self) -> None:
-        """Ends the turn early if it still runs; see `TurnStream.close`."""
+        """Ends the turn early if it still runs; see `TurnStream.close`.
+
+        Cancelled, it does so all the same.
+        """
         turn = self._turn
         if self._is_over:
             return
-        if not turn.is_settled:
-            await self._host.submit(turn.cancel).get_async()
         self._is_over = True
+        try:
+            if not turn.is_settled:
+                await finish(self._host.submit(turn.cancel))
+        finally:
+            self._keep_reply(turn.reply)
         if turn.error is not None:
             turn.result()
+
+
+def _end_dropped(turn: Turn, keep_reply: KeepReply) -> None:
+    """An operation: ends the turn of a stream that nobody has any more."""
+    if not turn.is_settled:
+        turn.cancel()
+        keep_reply(turn.reply)

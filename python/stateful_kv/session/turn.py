@@ -7,12 +7,15 @@ import enum
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from stateful_kv.choosing.sampler import Sampler
-from stateful_kv.errors import InvariantError, without_frames
+from stateful_kv.errors import InvariantError, SessionBusyError, without_frames
 from stateful_kv.session.receipts import (
     FINISH_CANCELLED,
     FINISH_LENGTH,
@@ -22,7 +25,6 @@ from stateful_kv.session.receipts import (
 )
 from stateful_kv.session.state import SessionState
 from stateful_kv.system.tracing import traced
-from stateful_kv.system.waiting import Milestone
 from stateful_kv.text.stopping import StopRules
 from stateful_kv.types import TokenArray
 
@@ -76,16 +78,32 @@ class TurnRequest:
     began_at: float
     is_streamed: bool = False
     listener: Callable[[], None] | None = None
-    caller: object = field(default_factory=lambda: current_caller())
+    caller: Caller = field(default_factory=lambda: current_caller())
 
 
-def current_caller() -> object:
-    """The running asyncio task, or else the number of the running thread."""
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: a thread, and the asyncio task that it runs, if any. Keeps neither alive."""
+
+    thread: weakref.ref[threading.Thread]
+    task: weakref.ref[asyncio.Task[Any]] | None
+
+
+def current_caller() -> Caller:
+    """The running thread and asyncio task."""
     try:
         task = asyncio.current_task()
     except RuntimeError:
         task = None
-    return threading.get_ident() if task is None else task
+    thread = weakref.ref(threading.current_thread())
+    return Caller(thread, None if task is None else weakref.ref(task))
+
+
+def busy_error(state: SessionState) -> SessionBusyError:
+    """What a call raises that would wait for a stream which its caller has to read."""
+    return SessionBusyError(
+        f"session {state.name!r} is in the middle of a turn; read its stream to the end or close it"
+    )
 
 
 class TurnPhase(enum.Enum):
@@ -157,7 +175,8 @@ class Turn:
         reader: the part of the text that is to be read.
         is_accepting: tokens are being added; a turn that is interrupted meanwhile must fail.
         is_settled: there is a reply or an error, and the session is free.
-        settled: that it is, for who waits in another thread.
+        settled: has a result from then on, for who waits in another thread.
+        end: the tokens of the session when there was a reply.
     """
 
     request: TurnRequest
@@ -173,9 +192,10 @@ class Turn:
     is_accepting: bool = False
     is_settled: bool = False
     waits_for: tuple[Turn, int] | None = None
+    end: Basis | None = None
     reply: Reply | None = None
     error: BaseException | None = None
-    settled: Milestone = field(default_factory=Milestone)
+    settled: Future[None] = field(default_factory=Future)
 
     @staticmethod
     def of(request: TurnRequest) -> Turn:
@@ -192,7 +212,6 @@ class Turn:
     def begin(self) -> None:
         """Makes the session busy and appends the message; the turn is known to the engine."""
         self.state.is_busy = True
-        self.state.last_reply = None
         self.state.ledger.append(self.request.delta)
 
     @property
@@ -209,6 +228,20 @@ class Turn:
     def stops(self) -> StopRules:
         """What ends the reply."""
         return self.request.stops
+
+    def is_read_by(self, caller: Caller, *, blocking: bool) -> bool:
+        """Whether the turn cannot end while this caller waits for that, since it is to read it.
+
+        Args:
+            caller: who would wait.
+            blocking: no other task of the thread would run meanwhile.
+        """
+        reader = self.request.caller
+        return (
+            self.has_reader
+            and reader.thread == caller.thread
+            and (blocking or reader.task is None or reader.task == caller.task)
+        )
 
     @property
     def is_finished(self) -> bool:
@@ -337,6 +370,13 @@ class Turn:
         self._roll_back()
         self._settle(None)
 
+    def withdraw(self, error: BaseException) -> None:
+        """The turn never was, since nobody got its reply; no later call has built on it yet."""
+        if not self.is_settled:
+            self.fail(error)
+        elif self.end == Basis.of(self.state) and not (self.state.is_busy or self.state.is_closed):
+            self.state.truncate(self.start)
+
     def result(self) -> Reply:
         """Returns the reply of a settled turn, or raises its error."""
         if self.error is not None:
@@ -344,11 +384,6 @@ class Turn:
         if self.reply is None:
             raise InvariantError(f"session {self.state.name!r}: the turn is not finished")
         return self.reply
-
-    def announce(self) -> None:
-        """Tells who waits that the turn is settled; may be repeated."""
-        self.settled.reach()
-        self.notify()
 
     def notify(self) -> None:
         """Tells who waits that something may have changed."""
@@ -367,11 +402,14 @@ class Turn:
 
     def _settle(self, reply: Reply | None) -> None:
         state = self.request.state
-        # Nothing can come between these four: there is no call among them.
-        self.reply = state.last_reply = reply
+        self.end = None if reply is None else Basis.of(state)
+        # Nothing can come between these three: there is no call among them.
+        self.reply = reply
         state.is_busy = False
         self.is_settled = True
-        self.announce()
+        if not self.settled.done():
+            self.settled.set_result(None)
+        self.notify()
 
     def _show(self, text: str) -> None:
         if text:

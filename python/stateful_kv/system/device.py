@@ -63,10 +63,11 @@ def joined(tensors: Sequence[Tensor], *, pin: bool = False) -> Tensor:
 def split(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of a buffer that `joined` made of tensors with these dtypes and shapes."""
     starts, _ = _starts(like)
-    return [
-        buffer[start : start + one.numel() * one.element_size()].view(one.dtype).view(one.shape)
-        for one, start in zip(like, starts, strict=True)
-    ]
+    parts = []
+    for tensor, start in zip(like, starts, strict=True):
+        content = buffer[start : start + tensor.numel() * tensor.element_size()]
+        parts.append(content.view(tensor.dtype).view(tensor.shape))
+    return parts
 
 
 def synchronize(device: torch.device) -> None:

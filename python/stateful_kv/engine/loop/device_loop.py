@@ -19,7 +19,7 @@ from stateful_kv import ops
 from stateful_kv.choosing.params import SamplingParams
 from stateful_kv.choosing.sampler import MAX_TOP_K
 from stateful_kv.choosing.verify import NOTHING_CHOSEN, Outcome
-from stateful_kv.drafts.policy import MAX_MATCH, MIN_MATCH
+from stateful_kv.drafts.policy import MAX_N, MIN_N
 from stateful_kv.engine.batching import RowPlan
 from stateful_kv.engine.loop.graphs import GraphRecorder
 from stateful_kv.engine.loop.state import NUM_COUNTS, NUM_STOP_IDS, LoopShape, LoopState
@@ -138,7 +138,7 @@ class DeviceLoop:
             trace, tokens = self._download(state, num_steps)
         for index, sequence in enumerate(sequences):
             num_new = int(trace[-1, index]) - sequence.start
-            self._store.row_of(sequence.ledger).chosen = tokens[index, :num_new]
+            self._store.of(sequence.ledger).chosen = tokens[index, :num_new]
         return [
             _outcomes(index, sequence.start, trace, tokens)
             for index, sequence in enumerate(sequences)
@@ -165,8 +165,8 @@ class DeviceLoop:
             draft_ids, num_draft = ops.ngram_lookup(
                 state.history.view(-1),
                 state.borders,
-                MIN_MATCH,
-                MAX_MATCH,
+                MIN_N,
+                MAX_N,
                 state.shape.max_draft,
                 state["lengths"],
             )
@@ -230,33 +230,33 @@ class DeviceLoop:
 
     def _upload(self, state: LoopState, sequences: Sequence[LoopRow]) -> None:
         """Sends what is new of the tokens and what differs of the rest, in one copy."""
-        stored = [self._store.row_of(sequence.ledger) for sequence in sequences]
+        stored = [self._store.of(sequence.ledger) for sequence in sequences]
         self._store.place(stored)
-        slots = [row.slot for row in stored]
-        _describe(state, sequences, slots, self._store.spare_slot)
+        store_rows = [tokens.row for tokens in stored]
+        _describe(state, sequences, store_rows, self._store.spare_row)
         places, values = state.ints.changes()
         new_places, new_tokens = self._new_tokens(sequences, stored)
         self.num_uploaded += len(values) + len(new_tokens)
         arrays = (new_places, new_tokens, places, values)
-        device_arrays = to_device([torch.from_numpy(one) for one in arrays], self._cache.device)
+        device_arrays = to_device([torch.from_numpy(array) for array in arrays], self._cache.device)
         self._store.tokens.view(-1).index_copy_(0, *device_arrays[:2])
         state.ints.buffer.index_copy_(0, *device_arrays[2:])
         state.ints.confirm()
-        for sequence, row in zip(sequences, stored, strict=True):
-            row.length = sequence.start
+        for sequence, tokens in zip(sequences, stored, strict=True):
+            tokens.length = sequence.start
         length = state.history.shape[1]
-        torch.index_select(self._store.tokens[:, :length], 0, state.slots, out=state.history)
+        torch.index_select(self._store.tokens[:, :length], 0, state.store_rows, out=state.history)
 
     def _new_tokens(
         self, sequences: Sequence[LoopRow], stored: Sequence[StoredTokens]
     ) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], TokenArray]:
         """Tokens that the store lacks, and where they go in it."""
         places, tokens = [], []
-        for sequence, row in zip(sequences, stored, strict=True):
-            start = row.slot * self._store.capacity
-            begin, end = start + row.length, start + sequence.start
+        for sequence, known in zip(sequences, stored, strict=True):
+            start = known.row * self._store.capacity
+            begin, end = start + known.length, start + sequence.start
             places.append(np.arange(begin, end, dtype=np.int64))
-            tokens.append(sequence.ledger.tokens[row.length :])
+            tokens.append(sequence.ledger.tokens[known.length :])
         return np.concatenate(places), np.concatenate(tokens)
 
     def _download(
@@ -264,7 +264,7 @@ class DeviceLoop:
     ) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.int32]], TokenArray]:
         """The trace of the steps and all new tokens, in one copy; the store keeps the tokens."""
         length = state.history.shape[1]
-        self._store.tokens[:, :length].index_copy_(0, state.slots, state.history)
+        self._store.tokens[:, :length].index_copy_(0, state.store_rows, state.history)
         num_columns = num_steps * (state.shape.max_draft + 1)
         columns = torch.arange(num_columns, device=self._cache.device) + state["starts"][:, None]
         tokens = state.history.gather(1, columns.clamp_(max=length - 1))
@@ -288,7 +288,7 @@ def rounded_up(number: int) -> int:
 
 
 def _describe(
-    state: LoopState, sequences: Sequence[LoopRow], slots: Sequence[int], spare_slot: int
+    state: LoopState, sequences: Sequence[LoopRow], store_rows: Sequence[int], spare_row: int
 ) -> None:
     """Writes down what is wanted on the device; places without a sequence do not run."""
     wanted = state.ints.wanted
@@ -296,12 +296,12 @@ def _describe(
     state.ints.forget(*LoopState.PROGRESS)
     wanted["counts"][:] = 0
     wanted["num_left"][num:] = 0
-    wanted["slots"].view(np.int64)[num:] = spare_slot
+    wanted["store_rows"].view(np.int64)[num:] = spare_row
     if state.shape.max_draft:
         state.ints.forget("num_given")
         wanted["num_given"][:] = 0
     for index, sequence in enumerate(sequences):
-        wanted["slots"].view(np.int64)[index] = slots[index]
+        wanted["store_rows"].view(np.int64)[index] = store_rows[index]
         wanted["lengths"][index] = wanted["starts"][index] = sequence.start
         wanted["num_left"][index] = sequence.num_left
         wanted["kv_limits"][index] = sequence.kv_limit

@@ -93,8 +93,8 @@ class LoopState:
 
     Attributes:
         shape: the shape.
-        ints: all of it but the history.
-        history: int32[S, L], tokens of the sequences.
+        ints: all of it but `history`.
+        history: int32[S, L], tokens of the sequences; what the ops of a loop call so.
         borders: int32[S + 1], where each sequence's part of the history begins.
         all_rows: int64[N], 0, 1, 2 and so on.
         no_draft: int32[S, 0] and int32[S], what is drafted where K = 0.
@@ -119,7 +119,7 @@ class LoopState:
         self.shape = shape
         self.ints = MirroredInts(
             {
-                "slots": (num, 2),  # int64
+                "store_rows": (num, 2),  # int64
                 "seeds": (num, 2),  # int64
                 "lengths": (num,),
                 "num_left": (num,),
@@ -148,9 +148,9 @@ class LoopState:
         return self.ints.tensors[name]
 
     @property
-    def slots(self) -> Tensor:
-        """int64[S], rows of the history store."""
-        return self["slots"].view(torch.int64).view(-1)
+    def store_rows(self) -> Tensor:
+        """int64[S], rows of the token store."""
+        return self["store_rows"].view(torch.int64).view(-1)
 
     @property
     def seeds(self) -> Tensor:

@@ -1,7 +1,7 @@
-"""Tokens of sessions in device memory: what a loop of steps reads and writes there.
+"""Tokens of sessions in device memory, so that a multi-step need not send them all each time.
 
-The ledger stays the authority. A row of the store holds a beginning of it; what is new is added
-when the session's next steps are taken, so that its past is not sent again.
+The ledger stays the authority. A row of the store holds the first tokens of a ledger; the others
+are added when the session's next steps are taken.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ class StoredTokens:
     """Where the tokens of a ledger are in the store.
 
     Attributes:
-        slot: row of the store; -1 when it has none.
-        length: tokens of the ledger that are there.
+        row: of the store; -1 if the tokens are not there.
+        length: how many tokens of the ledger are there.
         revision: of the ledger when they were sent; see `Ledger.revision`.
-        chosen: int32[T], tokens that the device put behind them; the ledger may have kept fewer.
+        chosen: int32[T], tokens that the device added behind them; the ledger may have kept fewer.
     """
 
-    slot: int = -1
+    row: int = -1
     length: int = 0
     revision: int = 0
     chosen: TokenArray = field(default_factory=lambda: _NOTHING)
 
-    def take(self, slot: int) -> None:
+    def take(self, row: int) -> None:
         """Gets a row of the store, with nothing in it; -1 for none."""
-        self.slot, self.length, self.chosen = slot, 0, _NOTHING
+        self.row, self.length, self.chosen = row, 0, _NOTHING
 
     def compare(self, ledger: Ledger) -> None:
         """Finds out how much of what is there still belongs to the ledger."""
@@ -53,13 +53,13 @@ class TokenStore:
     """Rows of tokens on a device, given to the sessions that used them last.
 
     Attributes:
-        tokens: int32[num_slots + 1, capacity]; the last row belongs to nobody.
+        tokens: int32[num_rows + 1, capacity]; the last row belongs to nobody.
     """
 
-    NUM_SLOTS = 64
+    NUM_ROWS = 64
 
     def __init__(self, capacity: int, device: torch.device) -> None:
-        """Begins without memory; the first `place` takes it.
+        """Begins without memory; the first `place` allocates it.
 
         Args:
             capacity: most tokens of a session.
@@ -67,8 +67,8 @@ class TokenStore:
         """
         self._capacity = capacity
         self._device = device
-        self._rows: WeakKeyDictionary[Ledger, StoredTokens] = WeakKeyDictionary()
-        self._by_use: list[StoredTokens] = []  # those with a slot, the least recently used first
+        self._stored: WeakKeyDictionary[Ledger, StoredTokens] = WeakKeyDictionary()
+        self._by_use: list[StoredTokens] = []  # those with a row, the least recently used first
         self.tokens = torch.empty(0, capacity, dtype=torch.int32, device=device)
 
     @property
@@ -77,45 +77,45 @@ class TokenStore:
         return self._capacity
 
     @property
-    def num_slots(self) -> int:
+    def num_rows(self) -> int:
         """Sessions that have room."""
         return max(0, self.tokens.shape[0] - 1)
 
     @property
-    def spare_slot(self) -> int:
+    def spare_row(self) -> int:
         """The row that belongs to nobody."""
-        return self.num_slots
+        return self.num_rows
 
-    def row_of(self, ledger: Ledger) -> StoredTokens:
-        """Where the tokens of a ledger are, as far as they are still its own."""
-        row = self._rows.get(ledger)
-        if row is None:
-            row = self._rows[ledger] = StoredTokens(revision=ledger.revision)
-        row.compare(ledger)
-        return row
+    def of(self, ledger: Ledger) -> StoredTokens:
+        """Where the tokens of a ledger are, and how many of them are still right."""
+        stored = self._stored.get(ledger)
+        if stored is None:
+            stored = self._stored[ledger] = StoredTokens(revision=ledger.revision)
+        stored.compare(ledger)
+        return stored
 
-    def place(self, rows: Sequence[StoredTokens]) -> None:
-        """Gives each of these distinct rows a slot; others lose theirs where there are too few."""
-        if len(rows) > self.num_slots:
-            self._grow(len(rows))
-        wanted = {id(row) for row in rows}
-        others = [row for row in self._by_use if id(row) not in wanted]
-        missing = [row for row in rows if row.slot < 0]
-        used = {row.slot for row in self._by_use}
-        free = [slot for slot in range(self.num_slots) if slot not in used]
+    def place(self, wanted: Sequence[StoredTokens]) -> None:
+        """Gives each of these distinct ones a row; others lose theirs if there are too few."""
+        if len(wanted) > self.num_rows:
+            self._grow(len(wanted))
+        ids = {id(stored) for stored in wanted}
+        others = [stored for stored in self._by_use if id(stored) not in ids]
+        missing = [stored for stored in wanted if stored.row < 0]
+        used = {stored.row for stored in self._by_use}
+        free = [row for row in range(self.num_rows) if row not in used]
         while len(free) < len(missing):
             oldest = others.pop(0)
-            free.append(oldest.slot)
+            free.append(oldest.row)
             oldest.take(-1)
-        for row, slot in zip(missing, free, strict=False):
-            row.take(slot)
-        self._by_use = [*others, *rows]
+        for stored, row in zip(missing, free, strict=False):
+            stored.take(row)
+        self._by_use = [*others, *wanted]
 
-    def _grow(self, num_rows: int) -> None:
-        """Takes memory for at least so many sessions; what was there is sent again."""
-        num_slots = max(self.NUM_SLOTS, 1 << (num_rows - 1).bit_length())
-        for row in self._by_use:
-            row.take(-1)
+    def _grow(self, num_sessions: int) -> None:
+        """Allocates memory for at least so many sessions; what was there is sent again."""
+        num_rows = max(self.NUM_ROWS, 1 << (num_sessions - 1).bit_length())
+        for stored in self._by_use:
+            stored.take(-1)
         self._by_use = []
-        shape = num_slots + 1, self._capacity
+        shape = num_rows + 1, self._capacity
         self.tokens = torch.zeros(shape, dtype=torch.int32, device=self._device)
