@@ -147,7 +147,7 @@ class Session:
         the tokens whose text was read stay in the session, the others never happened; if none
         was read, neither message nor reply stay.
         """
-        stream = TurnStream(self._host)
+        stream = TurnStream(self._host, self)
         return stream.begin(self._opener(message, max_tokens, sampling, stream)())
 
     async def aturn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
@@ -170,7 +170,7 @@ class Session:
         never was. `aclose` ends it early like `TurnStream.close`.
         """
         self._state.last_reply = None
-        stream = AsyncTurnStream(self._host)
+        stream = AsyncTurnStream(self._host, self)
         return stream.begin(await self._open_async(message, max_tokens, sampling, stream))
 
     def fork(self, name: str | None = None) -> Session:

@@ -16,12 +16,14 @@ from stateful_kv.session.waiting import AsyncNews, finish, give_up
 class TurnStream(Iterator[str]):
     """Iterator over the text of a running turn; see `Session.stream`."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, session: object) -> None:
         """Not for users. `begin` follows.
 
-        It is there before its turn, so that the turn ends whenever the stream is dropped.
+        It is there before its turn, so that the turn ends whenever the stream is dropped. It keeps
+        the session, which would be closed if it were dropped.
         """
         self._host = host
+        self._session = session
         self._news: SimpleQueue[None] = SimpleQueue()
         self.listener = partial(self._news.put, None)
         self._is_over = False
@@ -91,9 +93,10 @@ class TurnStream(Iterator[str]):
 class AsyncTurnStream(AsyncIterator[str]):
     """The same for asyncio; see `Session.astream`."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, session: object) -> None:
         """Not for users. `begin` follows; see `TurnStream`."""
         self._host = host
+        self._session = session
         self._news = AsyncNews()
         self.listener = self._news.tell
         self._is_over = False
