@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -15,6 +20,7 @@ import torch
 from stateful_kv.engine.config import EngineConfig
 from stateful_kv.engine.engine import Engine
 from stateful_kv.session.session import Session
+from stateful_kv.system.promise import Promise
 from tests.e2e.interrupting import Interrupter, Point
 from tests.e2e.tiny import COSTS, ByteTokenizer, Provenance, oracle_token
 
@@ -362,6 +368,8 @@ def check(name: str, scene: Scene) -> None:
         allowed[0].add(state_when_cancelled(name, len(scene.pieces)))
     scene.drop_streams()
     gc.collect()
+    if engine._scheduler.owner.is_threaded:
+        wait_until_idle(scene)
     if len(scene.pieces) % 2 or len(scene.sessions) % 2:  # now one is the first call, now another
         assert not any(session.is_busy for session in scene.sessions)
     assert engine.check_integrity() is None
@@ -390,6 +398,16 @@ def check(name: str, scene: Scene) -> None:
     assert engine.cache.check_integrity() is None
 
 
+def wait_until_idle(scene: Scene) -> None:
+    """A turn whose caller is gone may run to its end; what an operation made is then dropped."""
+    deadline = time.monotonic() + 30
+    for _ in range(2):  # what is dropped while the first operation waits is ended before the second
+        scene.engine.check_integrity()
+    while any(session.is_busy for session in scene.sessions):
+        assert time.monotonic() < deadline, "a session is busy for ever"
+        time.sleep(0.001)
+
+
 def go_on(session: Session) -> None:
     """The next turn gives what follows from the session's tokens alone."""
     tokens = session.token_ids
@@ -403,17 +421,24 @@ def go_on(session: Session) -> None:
     assert reply.token_ids == expected
 
 
-def points_of(name: str, at: tuple[int, ...] = ()) -> list[Point]:
-    """The points of a call, or those after interrupts `at`."""
+def scene_of(name: str, *, is_threaded: bool = False) -> Scene:
     scene = CASES[name]()
+    if is_threaded:
+        scene.engine.start()
+    return scene
+
+
+def points_of(name: str, at: tuple[int, ...] = (), *, is_threaded: bool = False) -> list[Point]:
+    """The points of a call, or those after interrupts `at`."""
+    scene = scene_of(name, is_threaded=is_threaded)
     interrupter = Interrupter(at, is_listing=True)
     interrupter.run(scene.act)
     return list(interrupter.points) if interrupter.num_delivered == len(at) else []
 
 
-def run(name: str, at: tuple[int, ...]) -> None:
+def run(name: str, at: tuple[int, ...], is_threaded: bool) -> None:
     """Interrupts a call and looks at what it left."""
-    scene = CASES[name]()
+    scene = scene_of(name, is_threaded=is_threaded)
     interrupter = Interrupter(at)
     interrupter.run(scene.act)
     check(name, scene)
@@ -446,12 +471,19 @@ def quick_collections() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_interrupt(name: str) -> None:
-    sweep(name, 60)
+    sweep(name, 40)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_interrupts(name: str) -> None:
-    sweep_twice(name, 8, 5)
+    sweep_twice(name, 5, 4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_interrupt_of_who_waits_for_the_thread(name: str) -> None:
+    """The engine's own thread does the work."""
+    sweep(name, 12, is_threaded=True)
+    sweep_twice(name, 3, 3, is_threaded=True)
 
 
 @pytest.mark.slow
@@ -465,38 +497,103 @@ def test_an_interrupt_at_every_point(name: str) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CASES)
 def test_two_interrupts_at_many_points(name: str) -> None:
-    sweep_twice(name, 100, 25)
+    sweep_twice(name, 40, 25)
 
 
-def sweep(name: str, limit: int) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", CASES)
+def test_interrupts_of_who_waits_at_many_points(name: str) -> None:
+    sweep(name, 400, is_threaded=True)
+    sweep_twice(name, 20, 20, is_threaded=True)
+
+
+def sweep(name: str, limit: int, *, is_threaded: bool = False) -> None:
     for _ in range(2):  # what is done once is done in the first run
-        points = points_of(name)
-    failures = []
-    for index in spread(points, limit):
-        failures += attempt(name, (index,))
-    report(failures, len(points))
+        points = points_of(name, is_threaded=is_threaded)
+    at = spread(points, limit)
+    report([failure for index in at for failure in attempt(name, (index,), is_threaded)], len(at))
 
 
-def sweep_twice(name: str, limit: int, second_limit: int) -> None:
+def sweep_twice(name: str, limit: int, second_limit: int, *, is_threaded: bool = False) -> None:
     for _ in range(2):
-        points = points_of(name)
-    failures = []
-    num = 0
+        points = points_of(name, is_threaded=is_threaded)
+    failures, num = [], 0
     for index in spread(points, limit):
-        for second in spread(points_of(name, (index,)), second_limit):
+        seconds = points_of(name, (index,), is_threaded=is_threaded)
+        for second in spread(seconds, second_limit):
             num += 1
-            failures += attempt(name, (index, second))
+            failures += attempt(name, (index, second), is_threaded)
     report(failures, num)
 
 
-def attempt(name: str, at: tuple[int, ...]) -> list[str]:
+def attempt(name: str, at: tuple[int, ...], is_threaded: bool) -> list[str]:
     try:
-        run(name, at)
+        run(name, at, is_threaded)
     except Exception as error:
-        return [f"{at}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
+        return [f"{at}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"]
     return []
 
 
 def report(failures: list[str], num: int) -> None:
-    shown = "\n".join(failures[:10])
-    assert not failures, f"{len(failures)} of {num}:\n{shown}"
+    shown = chr(10).join(failures[:10])
+    assert not failures, f"{len(failures)} of {num} runs:{chr(10)}{shown}"
+    print(f"{num} runs")
+
+
+@pytest.mark.parametrize("is_threaded", [False, True])
+def test_signals_at_random_moments(is_threaded: bool) -> None:
+    """Ctrl-C, as the operating system delivers it."""
+    random = Random(20)
+    names = ["later_turn", "turn_with_drafts", "gather", "stream_of_several_steps", "rewind"]
+    is_armed = False
+
+    def handle(signum: int, frame: object) -> None:
+        if is_armed:
+            raise KeyboardInterrupt
+
+    num_hits = 0
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        for name in names:
+            states_after(name)
+            for _ in range(25):
+                scene = scene_of(name, is_threaded=is_threaded)
+                sender = threading.Thread(target=send_signals, args=(random.uniform(0, 0.003),))
+                try:
+                    try:
+                        sender.start()
+                        is_armed = True
+                        scene.act()
+                    finally:
+                        is_armed = False
+                except KeyboardInterrupt:
+                    num_hits += 1
+                is_armed = False
+                sender.join()
+                check(name, scene)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert num_hits > 5
+
+
+def send_signals(delay: float) -> None:
+    time.sleep(delay)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(delay / 50)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_promise_blocks_nobody() -> None:
+    def acts(promise: Promise[int]) -> list[Callable[[], object]]:
+        return [lambda: promise.add_done_callback(id), lambda: promise.set_result(3)]
+
+    for index, act in enumerate(acts(Promise())):
+        listing = Interrupter(is_listing=True)
+        listing.run(act)
+        for point in listing.points:
+            promise: Promise[int] = Promise()
+            Interrupter((point.index,)).run(acts(promise)[index])
+            promise.set_result(3)
+            assert promise.result() == 3
+        assert listing.points

@@ -57,6 +57,7 @@ class TurnStream(Iterator[str]):
         except SessionBusyError:  # asked from within a step: the stream goes on
             raise
         except BaseException as error:
+            turn.must_fail = True  # also if the next line is interrupted
             self._host.perform(partial(turn.fail, error))
             self._is_over = True
             raise

@@ -174,6 +174,7 @@ class Turn:
         pieces: its text.
         reader: the part of the text that is to be read.
         is_accepting: tokens are being added; a turn that is interrupted meanwhile must fail.
+        must_fail: the reader was interrupted; a piece may be counted as read that never arrived.
         is_settled: there is a reply or an error, and the session is free.
         settled: has a result from then on, for who waits in another thread.
         end: the tokens of the session when there was a reply.
@@ -190,6 +191,7 @@ class Turn:
     finish_reason: str = ""
     has_reader: bool = False
     is_accepting: bool = False
+    must_fail: bool = False
     is_settled: bool = False
     waits_for: tuple[Turn, int] | None = None
     end: Basis | None = None
@@ -346,6 +348,9 @@ class Turn:
         A turn of which nothing was read leaves no trace in the ledger.
         """
         if self.is_settled:
+            return
+        if self.must_fail:
+            self.fail(KeyboardInterrupt())
             return
         num_pieces, kept = self.reader.close()
         self.finish(FINISH_CANCELLED)
