@@ -253,20 +253,16 @@ class Engine:
         opened = self._scheduler.conduct(
             [session._opener(message, max_tokens, sampling) for session, message in items]
         )
-        outcomes: list[Reply | Exception] = []
-        for session, turn in zip(sessions, opened, strict=True):
-            try:
-                outcomes.append(session._collect(turn))
-            except Exception as error:
-                outcomes.append(error)
+        outcomes = [session._outcome(turn) for session, turn in zip(sessions, opened, strict=True)]
         if return_exceptions:
             return outcomes
-        replies: list[Reply] = []
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
-            replies.append(outcome)
-        return replies
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        if failures:
+            try:
+                raise failures[0]
+            finally:
+                del opened, outcomes, failures  # or the error would keep this frame, and this it
+        return [outcome for outcome in outcomes if isinstance(outcome, Reply)]
 
     def step(self) -> bool:
         """Runs one step of all open turns.

@@ -92,17 +92,16 @@ class Scheduler:
                     opened.append(opener())
                 except Exception as error:
                     opened.append(error)
-            for turn in opened:
-                if isinstance(turn, Turn):
-                    self._wait_until_settled(turn)
+            for turn in _turns_of(opened):
+                self._wait_until_settled(turn)
+            return opened
         except BaseException as error:
-            for turn in opened:
-                if isinstance(turn, Turn):
-                    self._give_up(turn, error)
+            for turn in _turns_of(opened):
+                self._give_up(turn, error)
             raise
         finally:
             self.owner.num_conducting -= is_counted
-        return opened
+            del opened  # or an error in it would keep this frame, and this the error
 
     def wait_for_news(self, news: SimpleQueue[None]) -> None:
         """Returns when there may be something new of a turn, whose listener adds to `news`."""
@@ -277,6 +276,7 @@ class Scheduler:
     def recover(self, error: BaseException | None) -> None:
         """Makes the state whole after an operation that was cut off."""
         error = KeyboardInterrupt() if error is None else error
+        self.cache.recount()
         for turn in self.turns:
             if turn.is_settled:
                 turn.announce()  # it may have been cut off in the middle of that
@@ -318,6 +318,10 @@ class Scheduler:
 
     def _prune(self) -> None:
         self.turns = [turn for turn in self.turns if not turn.is_settled]
+
+
+def _turns_of(opened: Sequence[Turn | Exception]) -> list[Turn]:
+    return [turn for turn in opened if isinstance(turn, Turn)]
 
 
 def _progress(turn: Turn) -> tuple[object, int, int]:

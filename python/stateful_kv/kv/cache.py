@@ -221,8 +221,15 @@ class KVCache:
         """Ends the sequence, if it is still there; pages nobody else holds become free."""
         if self.has(sequence_id):
             self._eviction.policy.wake(sequence_id)
-            self._table.release(sequence_id)
+            # In this order no interrupt can come between the two.
             del self._lengths[sequence_id]
+            self._table.release(sequence_id)
+
+    def recount(self) -> None:
+        """Takes the lengths from the table: after an interrupt they may differ."""
+        living = self._table.sequence_ids()
+        lengths = self._table.lengths(np.array(living, dtype=np.int64)).tolist()
+        self._lengths = dict(zip(living, lengths, strict=True))
 
     def recover(self, held: Collection[int]) -> None:
         """Makes state whole after an interrupt, which can come between any two operations.
@@ -231,10 +238,8 @@ class KVCache:
         planned and perhaps not copied: it has no content. Reservations are given up. May itself be
         interrupted and called again.
         """
-        living = self._table.sequence_ids()
-        lengths = self._table.lengths(np.array(living, dtype=np.int64)).tolist()
-        self._lengths = dict(zip(living, lengths, strict=True))
-        for sequence_id, length in zip(living, lengths, strict=True):
+        self.recount()
+        for sequence_id, length in tuple(self._lengths.items()):
             if sequence_id not in held or sequence_id in self._copying:
                 self.release(sequence_id)
             else:

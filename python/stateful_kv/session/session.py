@@ -136,8 +136,7 @@ class Session:
             SessionBusyError: the stream of another turn of this session is open.
             SessionClosedError: the session or its engine is closed.
         """
-        (opened,) = self._host.conduct([self._opener(message, max_tokens, sampling)])
-        return self._collect(opened)
+        return self._collect(*self._host.conduct([self._opener(message, max_tokens, sampling)]))
 
     def stream(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> TurnStream:
         """Like `turn`, as an iterator over pieces of the reply's text.
@@ -336,10 +335,20 @@ class Session:
 
     def _collect(self, opened: Turn | Exception) -> Reply:
         """Returns the reply of a settled turn, or raises its error."""
-        if isinstance(opened, Exception):
-            self._state.last_reply = None
-            raise opened
-        return opened.result()
+        outcome = self._outcome(opened)
+        if isinstance(outcome, Reply):
+            return outcome
+        try:
+            raise outcome
+        finally:
+            del opened, outcome  # or the error would keep this frame, and this the error
+
+    def _outcome(self, opened: Turn | Exception) -> Reply | Exception:
+        """The reply of a settled turn, or its error."""
+        if isinstance(opened, Turn):
+            return opened.outcome()
+        self._state.last_reply = None
+        return opened
 
     def _make_request(
         self,

@@ -1,4 +1,8 @@
-"""The text of a running turn, piece by piece: an iterator, and the same for asyncio."""
+"""The text of a running turn, piece by piece: an iterator, and the same for asyncio.
+
+A turn keeps the error that it failed with, and an error that was raised keeps the frames it came
+through. So a method that raises it forgets its own names first, or a stream would keep itself.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +64,14 @@ class TurnStream(Iterator[str]):
             turn.must_fail = True  # also if the next line is interrupted
             self._host.perform(partial(turn.fail, error))
             self._is_over = True
+            del self, turn  # see the top of this file
             raise
         self._is_over = True
-        turn.result()  # raises if the turn failed
+        if turn.error is not None:
+            try:
+                raise turn.error
+            finally:
+                del self, turn  # see the top of this file
         raise StopIteration
 
     def __enter__(self) -> TurnStream:
@@ -88,7 +97,10 @@ class TurnStream(Iterator[str]):
             self._host.perform(turn.cancel)
         self._is_over = True
         if turn.error is not None:
-            turn.result()
+            try:
+                raise turn.error
+            finally:
+                del self, turn  # see the top of this file
 
 
 class AsyncTurnStream(AsyncIterator[str]):
@@ -135,7 +147,11 @@ class AsyncTurnStream(AsyncIterator[str]):
             await give_up(self._host, lambda: turn.withdraw(asyncio.CancelledError()), error)
             raise
         self._is_over = True
-        turn.result()  # raises if the turn failed
+        if turn.error is not None:
+            try:
+                raise turn.error
+            finally:
+                del self, turn  # see the top of this file
         raise StopAsyncIteration
 
     async def __aenter__(self) -> AsyncTurnStream:
@@ -160,4 +176,7 @@ class AsyncTurnStream(AsyncIterator[str]):
         if not turn.is_settled:
             await finish(self._host.submit(turn.cancel))
         if turn.error is not None:
-            turn.result()
+            try:
+                raise turn.error
+            finally:
+                del self, turn  # see the top of this file

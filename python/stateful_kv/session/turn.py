@@ -386,10 +386,16 @@ class Turn:
             self.state.truncate(self.start)
             self.state.last_reply = None
 
-    def result(self) -> Reply:
-        """Returns the reply of a settled turn, or raises its error."""
-        if self.error is not None:
-            raise self.error
+    def outcome(self) -> Reply | Exception:
+        """The reply of a settled turn, or its error, which is kept no longer.
+
+        Who raises it has frames in hand that lead here: if it were kept, that would be a cycle.
+        """
+        error, self.error = self.error, None
+        if isinstance(error, Exception):
+            return error
+        if error is not None:
+            raise error
         if self.reply is None:
             raise InvariantError(f"session {self.state.name!r}: the turn is not finished")
         return self.reply
