@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.peers import llama_server, transformers_chat
+from bench.peers import llama_server, older_tree, transformers_chat
 from stateful_kv.apps.workflow import TurnRow, WorkflowFile
 from stateful_kv.models.files.loading import LoadedModel, resolve
 
@@ -61,4 +61,5 @@ def start_cached_transformers(
 PEERS: dict[str, Start] = {
     **{name: partial(_start_llama_server, name) for name in llama_server.SETTINGS},
     "transformers": _start_transformers,
+    "older_tree": older_tree.start,
 }

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stateful_kv.choosing.params import SamplingParams
+from stateful_kv.drafts.ngram import NgramDrafter
+from stateful_kv.drafts.proposer import Draft
 from stateful_kv.engine.config import EngineConfig
 from tests.e2e.conftest import MakeEngine, on_devices
 from tests.e2e.multi_step_play import MESSAGES, STEPS, kv_of, multi_step, play
@@ -215,6 +218,37 @@ class TestBooks:
         multi_step(engine)._max_steps = 1
         receipt = session.turn(MESSAGES[0], max_tokens=60, ignore_eos=True).receipt
         assert receipt.accepted_tokens > 0
+
+    @pytest.mark.parametrize("right", [True, False])
+    def test_the_first_step_takes_the_draft_of_the_host(
+        self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, right: bool
+    ) -> None:
+        """The text counts up and repeats nothing: on its own the device drafts nothing."""
+        expected = make_engine(CountingUp()).session().turn("x", 40, ignore_eos=True)
+        observed: list[tuple[int, int]] = []
+
+        def propose(turns: Any, max_draft: int) -> list[Draft]:
+            drafts = []
+            for turn in turns:
+                ids = [int(turn.state.ledger.tokens[-1]) + (not right)]
+                for _ in range(3):
+                    ids.append(FIRST_BYTE + (ids[-1] + 1) % 200)  # as the model counts
+                drafts.append(Draft(np.array(ids[1:], dtype=np.int32), 5, "test"))
+            return drafts
+
+        def observe(self: Any, draft: Draft, num_accepted: int) -> None:
+            observed.append((len(draft), num_accepted))
+
+        monkeypatch.setattr("stateful_kv.engine.multi_step.propose", propose)
+        monkeypatch.setattr(NgramDrafter, "worthwhile", lambda self, draft, *_: draft)
+        monkeypatch.setattr(NgramDrafter, "observe", observe)
+        engine = make_engine(CountingUp(), num_steps_per_sync=4)
+        reply = engine.session().turn("x", 40, ignore_eos=True)
+        assert reply.token_ids == expected.token_ids
+        assert len(observed) >= multi_step(engine).num_syncs > 3
+        assert observed[:4] == [(3, 3 if right else 0)] * 4  # the last ones have less room
+        assert reply.receipt.drafted_tokens == sum(drafted for drafted, _ in observed)
+        assert reply.receipt.accepted_tokens == sum(accepted for _, accepted in observed)
 
 
 class TestConfig:

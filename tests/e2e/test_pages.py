@@ -10,6 +10,7 @@ from stateful_kv import ops
 from stateful_kv.engine.engine import Engine
 from stateful_kv.errors import OutOfPagesError
 from stateful_kv.kv.cache import KVCache
+from stateful_kv.kv.roots import DEFAULT_ROOT, RootIds, RootKey
 from stateful_kv.session.session import Session
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import CountingUp, Provenance, Recorder
@@ -193,3 +194,37 @@ class TestPromptTails:
         session.turn("m" * 44, max_tokens=1)
         assert pages(engine)[0] == 0
         assert session.num_turns == 2
+
+
+class TestRoots:
+    """Nothing is shared between sessions of different roots, whatever their tokens."""
+
+    def test_equal_prompts_of_two_tenants(self, make_engine: MakeEngine) -> None:
+        engine = make_engine(Provenance(), kv_dtype="float32", draft=False)
+        first, same, other = (engine.session(system="s" * 40) for _ in range(3))
+        other._state.root = RootKey(tenant="other")
+        first.turn("hello", max_tokens=4)
+        assert same.turn("hello", max_tokens=4).receipt.reused_tokens > 32
+        assert other.turn("hello", max_tokens=4).receipt.reused_tokens == 0
+        assert other.fork()._state.root == RootKey(tenant="other")
+        tokens = np.array(first.token_ids, dtype=np.int32)
+        for adapter in (RootKey(adapter="a"), RootKey(numerics="n")):
+            assert engine.cache.match_len(tokens, adapter) == 0
+        assert engine.cache.match_len(tokens, RootKey(tenant="other")) > 32
+        assert engine.check_integrity() is None
+
+    def test_a_prompt_does_not_wait_for_that_of_another_tenant(
+        self, make_engine: MakeEngine
+    ) -> None:
+        engine = make_engine(CountingUp(), max_batch_tokens=20)
+        sessions = [engine.session(system="s" * 60) for _ in range(2)]
+        sessions[1]._state.root = RootKey(tenant="other")
+        replies = engine.gather([(session, "x") for session in sessions], max_tokens=3)
+        assert [reply.receipt.reused_tokens for reply in replies] == [0, 0]
+
+    def test_keys_have_numbers_of_their_own(self) -> None:
+        ids = RootIds()
+        keys = [RootKey(a, b, c) for a in ("", "x") for b in ("", "x") for c in ("", "x")]
+        assert len({ids[key] for key in keys}) == len(keys)
+        assert [ids[key] for key in keys] == [ids[key] for key in keys]
+        assert ids[DEFAULT_ROOT] == 0

@@ -192,7 +192,7 @@ def test_scales_without_int8_pools_and_the_other_way_round() -> None:
 @pytest.mark.parametrize("name", ["norm_eps", "scale"])
 def test_scalars_that_float32_cannot_hold(name: str) -> None:
     arguments = valid_arguments("decoder_layers") | {name: 1e39}
-    with pytest.raises(ValueError, match=f"decoder_layers: {name}: expected a number"):
+    with pytest.raises(ValueError, match=f"decoder_layers: {name}: expected .*float32"):
         ops.decoder_layers(**arguments)
 
 

@@ -176,19 +176,19 @@ def _verify_tokens(
     sizes = _num_rows(candidates)
     if ids.shape[0] != sum(sizes):
         raise RuntimeError(f"logits: expected {sum(sizes)} rows to split, got {ids.shape[0]}")
-    chosen = ids.tolist()
+    chosen, tops = ids.tolist(), values.tolist()
     num_accepted = _num_accepted(candidates, ids, sizes)
-    are_good = bool(torch.isfinite(values).all())
+    are_good = all(map(math.isfinite, tops))
     outcomes: list[Outcome] = []
     start = 0
     for candidate, size, num in zip(candidates, sizes, num_accepted, strict=True):
         run, error = chosen[start : start + num + 1], None
         if not are_good:
-            tops = values[start : start + num + 1].tolist()
-            bad = next((i for i, top in enumerate(tops) if not math.isfinite(top)), None)
+            own_tops = tops[start : start + num + 1]
+            bad = next((i for i, top in enumerate(own_tops) if not math.isfinite(top)), None)
             if bad is not None:
                 run = run[:bad]
-                error = BadLogitsError.at(candidate.next_position + bad, tops[bad])
+                error = BadLogitsError.at(candidate.next_position + bad, own_tops[bad])
         outcomes.append(Outcome(run, size - 1, min(num, len(run)), error))
         start += size
     return outcomes

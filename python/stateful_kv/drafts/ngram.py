@@ -22,12 +22,15 @@ SOURCE = "ngram"
 class NgramDrafter:
     """The drafter of one session; see `proposer.Drafter`.
 
-    The index follows the session's tokens lazily: `propose` adds those that are new.
+    The index follows the session's tokens lazily: `propose` adds those that are new. How many it
+    has is kept here too, since that is asked in every step; `truncate` compares the two, also
+    after an interrupt.
     """
 
     def __init__(self, max_draft: int, costs: CostCurve) -> None:
         self.policy = DraftPolicy(max_draft, costs)
         self._index = _C.NgramIndex(MIN_N, MAX_N)
+        self._size = 0
 
     def propose(self, tokens: TokenArray, limit: int) -> Draft:
         """At most `limit` tokens that may follow `tokens`; often none."""
@@ -45,12 +48,14 @@ class NgramDrafter:
         """Forgets the tokens from `length` on."""
         if self._index.size() > length:
             self._index.truncate(length)
+        self._size = self._index.size()
 
     def fork(self) -> NgramDrafter:
         """A drafter for a copy of the session; O(1), the index is copied on write."""
         other = copy(self)
         other.policy = self.policy.copy()
         other._index = self._index.fork()
+        other._size = other._index.size()
         return other
 
 
@@ -69,9 +74,11 @@ def propose_all(
     if not asked:
         return drafts
     indexes = [drafters[i]._index for i in asked]
-    new = [tokens[i][drafters[i]._index.size() :] for i in asked]
+    new = [tokens[i][drafters[i]._size :] for i in asked]
     most = [min(limits[i], drafters[i].policy.max_draft) for i in asked]
     ids, lens, matches = _C.propose_drafts(indexes, new, torch.tensor(most, dtype=torch.int64))
+    for i in asked:
+        drafters[i]._size = len(tokens[i])
     found, start = ids.numpy(), 0
     for i, length, match_len in zip(asked, lens.tolist(), matches.tolist(), strict=True):
         if length:

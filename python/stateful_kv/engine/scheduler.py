@@ -14,11 +14,11 @@ from stateful_kv.engine.config import EngineConfig
 from stateful_kv.engine.multi_step import MultiStep
 from stateful_kv.engine.step import Stepper
 from stateful_kv.engine.thread import Owner
-from stateful_kv.errors import InvariantError, SessionBusyError, SessionClosedError
+from stateful_kv.errors import InvariantError, SessionClosedError
 from stateful_kv.kv.cache import KVCache
 from stateful_kv.models.protocol import Model
 from stateful_kv.session.state import SessionState
-from stateful_kv.session.turn import Basis, Turn, TurnRequest, current_caller
+from stateful_kv.session.turn import Basis, Turn, TurnRequest, busy_error, current_caller
 from stateful_kv.system.tracing import traced
 
 T = TypeVar("T")
@@ -45,8 +45,6 @@ class Scheduler:
         self.is_closed = False
         self._vocab_size = model.config.vocab_size
         self._context_len = model.config.max_position
-        # Calls of the thread that does the work itself which wait for turns of theirs.
-        self._num_conducting = 0
 
     @property
     def vocab_size(self) -> int:
@@ -66,7 +64,6 @@ class Scheduler:
 
     def submit(self, operation: Callable[[], T]) -> Future[T]:
         """Hands an operation to the engine's thread, which is started if need be."""
-        self.owner.start()
         return self.owner.submit(operation)
 
     def post(self, operation: Callable[[], object]) -> None:
@@ -84,7 +81,7 @@ class Scheduler:
         """
         opened: list[Turn | Exception] = []
         is_counted = self.owner.is_inline()
-        self._num_conducting += is_counted
+        self.owner.num_conducting += is_counted
         try:
             for opener in openers:
                 try:
@@ -100,20 +97,21 @@ class Scheduler:
                     self._give_up(turn, error)
             raise
         finally:
-            self._num_conducting -= is_counted
+            self.owner.num_conducting -= is_counted
         return opened
 
     def wait_for_news(self, news: threading.Event) -> None:
         """Returns when there may be something new of a turn, whose listener sets `news`."""
         if self.owner.is_inline():
-            self.owner.run(self.step)
+            self.owner.run(self._step_if_open)
         else:
             news.wait()
         news.clear()
 
     def running_turn(self, state: SessionState) -> Turn | None:
         """The turn that makes a session busy."""
-        return next((turn for turn in self.turns if turn.state is state), None)
+        turns = (turn for turn in self.turns if turn.state is state)
+        return next((turn for turn in turns if not turn.is_settled), None)
 
     def wait_until_idle(self, state: SessionState) -> None:
         """Returns when no turn of the session runs.
@@ -121,14 +119,12 @@ class Scheduler:
         Raises:
             SessionBusyError: that would never be: the caller itself has the stream of a turn.
         """
+        self.owner.catch_up()
         if not state.is_busy:
             return
         turn = self.running_turn(state)
-        if self.owner.is_inline() or (turn and turn.request.caller == current_caller()):
-            raise SessionBusyError(
-                f"session {state.name!r} is in the middle of a turn; read its stream to the end "
-                "or close it"
-            )
+        if self.owner.is_inline() or (turn and turn.is_read_by(current_caller(), blocking=True)):
+            raise busy_error(state)
         if turn is not None:
             turn.settled.result()
 
@@ -149,6 +145,8 @@ class Scheduler:
             return None
         self.cache.check_fits(request.basis.length + len(request.delta))
         turn = Turn.of(request)
+        # In a thread of the engine's own the turn may run before its stream is made.
+        turn.has_reader = request.is_streamed and self.owner.is_threaded
         self.turns.append(turn)
         try:
             turn.begin()
@@ -234,11 +232,11 @@ class Scheduler:
 
     def tidy(self) -> None:
         """Ends turns that nobody waits for, which only an interrupt of their caller leaves."""
-        if self.turns and self._num_conducting == 0 and not self.owner.is_threaded:
+        if self.turns and self.owner.num_conducting == 0 and not self.owner.is_threaded:
             for turn in self.turns:
                 if not turn.has_reader:
                     turn.fail(KeyboardInterrupt())
-            self._prune()
+        self._prune()
 
     def recover(self, error: BaseException | None) -> None:
         """Makes the state whole after an operation that was cut off."""
@@ -263,7 +261,7 @@ class Scheduler:
     def _wait_until_settled(self, turn: Turn) -> None:
         while not turn.is_settled:
             if self.owner.is_inline():
-                self.owner.run(self.step)
+                self.owner.run(self._step_if_open)
             else:
                 turn.settled.result()
 
@@ -275,6 +273,11 @@ class Scheduler:
             self.owner.run(lambda: turn.fail(error))
         else:
             self.owner.post(lambda: turn.fail(error))
+
+    def _step_if_open(self) -> None:
+        """Another thread may have closed the engine; then all turns have ended."""
+        if not self.is_closed:
+            self.step()
 
     def _prune(self) -> None:
         self.turns = [turn for turn in self.turns if not turn.is_settled]

@@ -30,6 +30,8 @@ from stateful_kv.errors import SessionBusyError
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+_exiting_thread = 0  # the one that ends the interpreter; no other may begin an operation then
+_FORK_TIMEOUT = 60.0  # seconds that a fork waits for the operation that another thread runs
 
 
 class Worker(Protocol):
@@ -64,29 +66,40 @@ class _Posted:
     """An operation on its way to the owner, and the result on its way back."""
 
     def __init__(self, operation: Callable[[], Any], future: Future[Any] | None) -> None:
-        self._operation = operation
-        self._future = future
+        self._parts: tuple[Callable[[], Any], Future[Any] | None] | None = operation, future
+
+    @property
+    def has_caller(self) -> bool:
+        """Whether somebody waits for the result."""
+        return self._parts is not None and self._parts[1] is not None
 
     def run(self) -> None:
         """Runs the operation; an exception goes to who waits for it."""
+        assert self._parts is not None, "an operation runs once"
+        operation, future = self._parts
+        self._parts = None  # it must not keep a session alive as long as steps follow
         try:
-            result = self._operation()
+            result = operation()
         except Exception as error:
-            if self._future is None:
+            if future is None:
                 _log.exception("an operation that nobody waits for failed")
             else:
-                self._future.set_exception(error)
+                future.set_exception(error)
         except BaseException as error:
-            if self._future is not None:
-                self._future.set_exception(error)
+            if future is not None:
+                future.set_exception(error)
             raise
         else:
-            if self._future is not None:
-                self._future.set_result(result)
+            if future is not None:
+                future.set_result(result)
 
 
 class Owner:
-    """Runs every operation on an engine's state, one after the other."""
+    """Runs every operation on an engine's state, one after the other.
+
+    Attributes:
+        num_conducting: calls of the thread that does the work itself which wait for turns.
+    """
 
     def __init__(self, worker: Worker) -> None:
         """Begins without a thread."""
@@ -97,8 +110,11 @@ class Owner:
         self._inside = 0  # the thread that runs an operation
         self._home = 0  # the thread that does the work itself as long as no other calls
         self._thread: threading.Thread | None = None
+        self._is_stopped = False  # no thread is started any more
         self._is_dirty = False  # an operation was cut off and nobody has recovered yet
-        weakref.finalize(self, self._inbox.put, None)
+        self.num_conducting = 0
+        # When Python ends, `_stop_all` ends the thread: it also waits for it.
+        weakref.finalize(self, self._inbox.put, None).atexit = False
         _owners.add(self)
 
     @property
@@ -113,38 +129,54 @@ class Owner:
         return self._thread is not None
 
     def is_inline(self) -> bool:
-        """Whether the calling thread does the work itself; a second thread starts the engine's."""
+        """Whether the calling thread does the work itself; a second thread starts the engine's.
+
+        Raises:
+            SessionBusyError: called from within an operation, which cannot wait for itself.
+        """
+        self._refuse_within()
         if self._thread is not None:
             return False
         with self._start_lock:
             if self._home == 0:
                 self._home = get_ident()
-        if self._home == get_ident():
-            return self._thread is None
-        self.start()
-        return False
+        if self._home != get_ident():
+            self.start()
+        return self._thread is None
 
     def start(self) -> None:
-        """Gives the engine a thread of its own; does nothing if it has one."""
+        """Gives the engine a thread of its own; does nothing if it has one, or was stopped."""
         with self._start_lock:
-            if self._thread is not None:
-                return
-            thread = threading.Thread(
-                target=_serve,
-                args=(weakref.ref(self), self._inbox),
-                name="stateful-kv engine",
-                daemon=True,
-            )
-            thread.start()
-            self._thread = thread
+            self._start()
+
+    def _start(self) -> None:
+        if self._is_stopped or self._thread is not None:
+            return
+        thread = threading.Thread(
+            target=_serve,
+            args=(weakref.ref(self), self._inbox),
+            name="stateful-kv engine",
+            daemon=True,
+        )
+        thread.start()
+        self._thread = thread
         self.post(lambda: None)  # streams that are open go on
 
     def stop(self) -> None:
-        """Ends the engine's thread, if it has one, after the operation that it is in."""
-        thread, self._thread = self._thread, None
-        if thread is not None and thread is not threading.current_thread():
-            self._inbox.put(None)
+        """Ends the engine's thread, if it has one, after the operation that it is in; for good.
+
+        What was submitted before is still run. Later operations are run by whoever calls, which is
+        enough for an engine that is closed. May be interrupted and called again.
+        """
+        self._refuse_within()
+        with self._start_lock:  # nobody submits anything behind the word that ends the thread
+            self._is_stopped = True
+            thread = self._thread
+            if thread is not None:
+                self._inbox.put(None)
+        if thread is not None:
             thread.join()
+        self._thread = None
 
     def post(self, operation: Callable[[], Any]) -> None:
         """Leaves an operation for the owner and returns at once.
@@ -161,10 +193,21 @@ class Owner:
             self.run(lambda: None)
 
     def submit(self, operation: Callable[[], T]) -> Future[T]:
-        """Hands an operation to the engine's thread."""
+        """Hands an operation to the engine's thread, which is started if need be.
+
+        Raises:
+            SessionBusyError: called from within an operation, which cannot wait for itself.
+        """
+        self._refuse_within()
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # it runs, whoever gives up waiting
-        self._inbox.put(_Posted(operation, future))
+        posted = _Posted(operation, future)
+        with self._start_lock:
+            if not self._is_stopped:
+                self._start()
+                self._inbox.put(posted)
+                return future
+        self.run(posted.run)
         return future
 
     def perform(self, operation: Callable[[], T]) -> T:
@@ -173,15 +216,14 @@ class Owner:
         Raises:
             SessionBusyError: called from within an operation, which cannot wait for itself.
         """
-        if self._inside == get_ident():
-            raise SessionBusyError("the engine is in the middle of a step, which called it again")
         return self.run(operation) if self.is_inline() else self.submit(operation).result()
 
     def run(self, operation: Callable[[], T]) -> T:
         """Runs an operation in the calling thread, which must be the one that does the work."""
-        if self._inside == get_ident():
-            raise SessionBusyError("the engine is in the middle of a step, which called it again")
+        self._refuse_within()
         with self._lock:
+            if _exiting_thread and _exiting_thread != get_ident():
+                raise _PythonEnds
             self._inside = get_ident()
             try:
                 if self._is_dirty:
@@ -212,35 +254,58 @@ class Owner:
             if posted is not None:
                 posted.run()
 
+    def _refuse_within(self) -> None:
+        if self._inside == get_ident():
+            raise SessionBusyError("the engine is in the middle of a step, which called it again")
+
     def _serve(self, posted: _Posted) -> None:
         """The engine's thread: runs an operation, then steps as long as there is work."""
-        next_posted: _Posted | None = posted
+        self._run_in_thread(posted.run)
         while True:
-            try:
-                if next_posted is not None:
-                    self.run(next_posted.run)
-                elif self._worker.has_work and self._thread is not None:
-                    self.run(self._worker.step)
-                else:
-                    return
-            except Exception as error:
-                self.run(lambda error=error: self._worker.fail_all(error))  # type: ignore[misc]
-            except BaseException:
-                _log.exception("the engine's thread goes on after")
-            try:
-                next_posted = self._inbox.get_nowait()
+            # Only what is there already: callers that never pause must not keep turns from going on
+            for _ in range(self._inbox.qsize()):
+                next_posted = self._inbox.get()
                 if next_posted is None:  # `stop`: again, for the loop that waits for it
                     self._inbox.put(None)
                     return
-            except Empty:
-                next_posted = None
+                self._run_in_thread(next_posted.run)
+            if not self._worker.has_work:
+                return
+            self._run_in_thread(self._worker.step)
+
+    def _run_in_thread(self, operation: Callable[[], object]) -> None:
+        """Runs an operation; whatever it raises, the thread goes on, or nobody would be served."""
+        try:
+            try:
+                self.run(operation)
+            except Exception as error:
+                failure = error
+                self.run(lambda: self._worker.fail_all(failure))
+        except _PythonEnds:
+            raise
+        except BaseException:
+            _log.exception("the engine's thread goes on after")
+
+    def _hold_for_fork(self) -> bool:
+        """Waits until no other thread is in an operation: a child could not end it."""
+        return self._inside != get_ident() and self._lock.acquire(timeout=_FORK_TIMEOUT)
 
     def _after_fork(self) -> None:
         """In a child process: of all threads only the one that forked is there."""
         self._start_lock = threading.Lock()
-        self._lock = threading.Lock()
-        self._is_dirty = self._is_dirty or self._inside != 0
-        self._inside, self._home, self._thread = 0, 0, None
+        self._thread = None
+        left, self._inbox = self._inbox, SimpleQueue()
+        weakref.finalize(self, self._inbox.put, None).atexit = False
+        while not left.empty():
+            posted = left.get_nowait()
+            if posted is not None and not posted.has_caller:
+                self._inbox.put(posted)
+        if self._inside != get_ident():  # else the child goes on with the operation
+            self._lock = threading.Lock()
+            self._is_dirty = self._is_dirty or self._inside != 0
+            self._inside = 0
+        if self._home != get_ident():
+            self._home = self.num_conducting = 0
 
 
 def _serve(owner: weakref.ref[Owner], inbox: SimpleQueue[_Posted | None]) -> None:
@@ -255,17 +320,50 @@ def _serve(owner: weakref.ref[Owner], inbox: SimpleQueue[_Posted | None]) -> Non
         del posted, alive, worker
 
 
+class _PythonEnds(SystemExit):
+    """Ends, without a word, a daemon thread that calls an engine while the interpreter ends."""
+
+
 @atexit.register
 def _stop_all() -> None:
-    """A thread in the middle of a step must not outlive what the interpreter tears down."""
+    """No thread may be in a step when the interpreter ends: it is ended in the middle of C++.
+
+    That holds for the threads of engines, and for daemon threads that do the work themselves.
+    """
+    global _exiting_thread
+    _exiting_thread = get_ident()
     for owner in list(_owners):
         owner.stop()
+        with owner._lock:
+            pass
 
 
-def _after_fork_in_child() -> None:
-    for owner in list(_owners):
-        owner._after_fork()
+class _Forks:
+    """Lets a process fork only between operations, so that the child's copy of a state is whole."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: list[Owner] = []
+
+    def before(self) -> None:
+        self._lock.acquire()
+        self._held = [owner for owner in list(_owners) if owner._hold_for_fork()]
+
+    def after_in_parent(self) -> None:
+        while self._held:
+            self._held.pop()._lock.release()
+        self._lock.release()
+
+    def after_in_child(self) -> None:
+        self._lock, self._held = threading.Lock(), []
+        for owner in list(_owners):
+            owner._after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    _forks = _Forks()
+    os.register_at_fork(
+        before=_forks.before,
+        after_in_parent=_forks.after_in_parent,
+        after_in_child=_forks.after_in_child,
+    )

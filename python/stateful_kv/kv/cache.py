@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 
 from stateful_kv import ops
@@ -128,8 +129,8 @@ class KVCache:
             Where these tokens go; None if too few pages are free, then nothing changed. Where
             something else fails, a sequence whose page could not be copied is gone.
         """
-        ids = torch.tensor(sequence_ids, dtype=torch.int64)
-        lens = torch.tensor(query_lens, dtype=torch.int32)
+        ids = np.array(sequence_ids, dtype=np.int64)
+        lens = np.array(query_lens, dtype=np.int32)
         self._copying = tuple(sequence_ids)
         prepared = self._table.prepare_batch(ids, lens)
         if prepared is not None:
@@ -188,8 +189,7 @@ class KVCache:
         """Where the reserved tokens of a step go: page tables, positions and slots."""
         return BatchPages(
             *self._table.fill_batch(
-                torch.tensor(sequence_ids, dtype=torch.int64),
-                torch.tensor(query_lens, dtype=torch.int32),
+                np.array(sequence_ids, dtype=np.int64), np.array(query_lens, dtype=np.int32)
             )
         )
 
@@ -201,8 +201,7 @@ class KVCache:
             num_tokens: how many of each.
         """
         self._table.commit_batch(
-            torch.tensor(sequence_ids, dtype=torch.int64),
-            torch.tensor(num_tokens, dtype=torch.int64),
+            np.array(sequence_ids, dtype=np.int64), np.array(num_tokens, dtype=np.int64)
         )
         for sequence_id, num in zip(sequence_ids, num_tokens, strict=True):
             self._lengths[sequence_id] += num
@@ -233,7 +232,7 @@ class KVCache:
         interrupted and called again.
         """
         living = self._table.sequence_ids()
-        lengths = self._table.lengths(torch.tensor(living, dtype=torch.int64)).tolist()
+        lengths = self._table.lengths(np.array(living, dtype=np.int64)).tolist()
         self._lengths = dict(zip(living, lengths, strict=True))
         for sequence_id, length in zip(living, lengths, strict=True):
             if sequence_id not in held or sequence_id in self._copying:
@@ -309,7 +308,7 @@ class KVCache:
     def check_integrity(self) -> str | None:
         """Describes the first broken invariant of pool, sequences and tree, or returns None."""
         living = self._table.sequence_ids()
-        lengths = self._table.lengths(torch.tensor(living, dtype=torch.int64)).tolist()
+        lengths = self._table.lengths(np.array(living, dtype=np.int64)).tolist()
         if self._lengths != dict(zip(living, lengths, strict=True)):
             return f"lengths: the cache knows {self._lengths}, the table has {living}, {lengths}"
         for sequence_id in self._eviction.policy.candidates():

@@ -44,7 +44,8 @@ class Ledger:
     @property
     def tokens(self) -> TokenArray:
         """A contiguous view of all tokens, no copy; later appends or truncates may change it."""
-        return self._buffer[: self._length]
+        length = self._length  # before the buffer, which another thread may be making longer
+        return self._buffer[:length]
 
     @property
     def records(self) -> tuple[TurnRecord, ...]:

@@ -24,7 +24,8 @@ from stateful_kv.session.ledger import TurnRecord
 from stateful_kv.session.receipts import Reply
 from stateful_kv.session.state import SessionState
 from stateful_kv.session.stream import AsyncTurnStream, TurnStream
-from stateful_kv.session.turn import Basis, Turn, TurnRequest
+from stateful_kv.session.turn import Basis, Turn, TurnRequest, busy_error, current_caller
+from stateful_kv.session.waiting import AsyncNews, give_up, wait_for
 from stateful_kv.system.tracing import traced
 from stateful_kv.text.messages import Tokenizer, as_messages
 from stateful_kv.text.stopping import StopRules
@@ -159,12 +160,12 @@ class Session:
 
     async def aturn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
         """Like `turn`, for asyncio. Cancelled, it ends the turn within one step: it never was."""
+        self._keep_reply(None)
         turn = await self._open_async(message, max_tokens, sampling, None)
         try:
-            await asyncio.shield(asyncio.wrap_future(turn.settled))
+            await wait_for(turn.settled)
         except BaseException as error:
-            cut_off = error
-            self._host.post(lambda: turn.fail(cut_off))
+            await give_up(self._host, lambda: turn.withdraw(asyncio.CancelledError()), error)
             raise
         return self._collect(turn)
 
@@ -176,14 +177,9 @@ class Session:
         A task that is cancelled while it waits for a piece ends the turn within one step: it
         never was. `aclose` ends it early like `TurnStream.close`.
         """
-        news = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def listener() -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(news.set)
-
-        turn = await self._open_async(message, max_tokens, sampling, listener)
+        self._keep_reply(None)
+        news = AsyncNews()
+        turn = await self._open_async(message, max_tokens, sampling, news.tell)
         return AsyncTurnStream(self._host, turn, news, self._keep_reply)
 
     def fork(self, name: str | None = None) -> Session:
@@ -243,11 +239,28 @@ class Session:
         quicker they are others when the request arrives, and it is made anew.
         """
 
+        def open_request(request: TurnRequest) -> Turn | None:
+            opened: list[Turn | None] = []
+            try:
+                self._host.perform(lambda: opened.append(self._host.open(request)))
+            except Exception:
+                raise
+            except BaseException as error:
+                cut_off = error
+
+                def withdraw() -> None:
+                    # Behind the operation that opens the turn, which is run all the same.
+                    if opened and opened[0] is not None:
+                        opened[0].withdraw(cut_off)
+
+                self._host.post(withdraw)
+                raise
+            return opened[0]
+
         def open_turn() -> Turn:
             while True:
                 self._host.wait_until_idle(self._state)
-                request = self._make_request(message, max_tokens, sampling, listener)
-                turn = self._host.perform(lambda: self._host.open(request))  # noqa: B023
+                turn = open_request(self._make_request(message, max_tokens, sampling, listener))
                 if turn is not None:
                     return turn
 
@@ -262,30 +275,30 @@ class Session:
     ) -> Turn:
         while True:
             other = self._host.running_turn(self._state)
-            if other is not None and other.request.caller == asyncio.current_task():
-                self._host.wait_until_idle(self._state)  # raises
+            if other is not None and other.is_read_by(current_caller(), blocking=False):
+                raise busy_error(self._state)
             if other is not None:
-                await asyncio.shield(asyncio.wrap_future(other.settled))
+                await wait_for(other.settled)
             request = self._make_request(message, max_tokens, sampling, listener)
             turn = await self._submit_async(request)
             if turn is not None:
-                turn.has_reader = listener is not None
                 return turn
 
     async def _submit_async(self, request: TurnRequest) -> Turn | None:
         opened = self._host.submit(lambda: self._host.open(request))
         try:
-            return await asyncio.shield(asyncio.wrap_future(opened))
+            await wait_for(opened)
         except BaseException as error:
-            failure = error
 
-            def give_up() -> None:
+            def withdraw() -> None:
+                # Behind the operation that opens the turn: it has been run.
                 turn = None if opened.exception() else opened.result()
                 if turn is not None:
-                    turn.fail(failure)
+                    turn.withdraw(asyncio.CancelledError())
 
-            self._host.post(give_up)  # runs behind the operation that opens the turn
+            await give_up(self._host, withdraw, error)
             raise
+        return opened.result()
 
     def _when_idle(self, operation: Callable[[], T]) -> T:
         """Runs an operation when no turn of this session runs."""

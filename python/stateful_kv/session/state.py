@@ -49,7 +49,8 @@ class SessionState:
     @property
     def committed_len(self) -> int:
         """Tokens of the ledger that have KV."""
-        return 0 if self.sequence_id is None else self.cache.length(self.sequence_id)
+        sequence_id = self.sequence_id  # once: another thread may look at this at any time
+        return 0 if sequence_id is None else self.cache.length(sequence_id)
 
     def bind(self) -> None:
         """Makes sure there is a sequence: its own, or a new one on the longest cached prefix.

@@ -6,9 +6,11 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
+from stateful_kv.errors import SessionBusyError
 from stateful_kv.session.host import Host
 from stateful_kv.session.receipts import Reply
 from stateful_kv.session.turn import Turn
+from stateful_kv.session.waiting import AsyncNews, finish, give_up
 
 KeepReply = Callable[[Reply | None], None]
 
@@ -43,17 +45,21 @@ class TurnStream(Iterator[str]):
             raise StopIteration
         try:
             while True:
+                is_finished = turn.is_finished  # looked at first: no piece comes behind the end
                 piece = turn.reader.take()
                 if piece is not None:
                     return piece
-                if turn.is_finished:
+                if is_finished:
                     break
                 self._host.wait_for_news(self._news)
             if not turn.is_settled:
                 self._host.perform(turn.close_books)
+        except SessionBusyError:  # asked from within a step: the stream goes on
+            raise
         except BaseException as error:
             failure = error
             self._host.perform(lambda: turn.fail(failure))
+            self._is_over = True
             raise
         self._is_over = True
         self._keep_reply(turn.reply)
@@ -96,14 +102,13 @@ class TurnStream(Iterator[str]):
 class AsyncTurnStream(AsyncIterator[str]):
     """The same for asyncio; see `Session.astream`."""
 
-    def __init__(self, host: Host, turn: Turn, news: asyncio.Event, keep_reply: KeepReply) -> None:
+    def __init__(self, host: Host, turn: Turn, news: AsyncNews, keep_reply: KeepReply) -> None:
         """Not for users."""
         self._host = host
         self._turn = turn
         self._news = news
         self._keep_reply = keep_reply
         self._is_over = False
-        keep_reply(None)
 
     @property
     def error(self) -> BaseException | None:
@@ -117,18 +122,19 @@ class AsyncTurnStream(AsyncIterator[str]):
         try:
             while True:
                 self._news.clear()
+                is_finished = turn.is_finished  # looked at first: no piece comes behind the end
                 piece = turn.reader.take()
                 if piece is not None:
                     return piece
-                if turn.is_finished:
+                if is_finished:
                     break
                 await self._news.wait()
             if not turn.is_settled:
-                closed = self._host.submit(turn.close_books)
-                await asyncio.shield(asyncio.wrap_future(closed))
+                await finish(self._host.submit(turn.close_books))
         except BaseException as error:
-            failure = error
-            self._host.post(lambda: turn.fail(failure))
+            self._is_over = True
+            turn.has_reader = False
+            await give_up(self._host, lambda: turn.withdraw(asyncio.CancelledError()), error)
             raise
         self._is_over = True
         self._keep_reply(turn.reply)
@@ -152,14 +158,19 @@ class AsyncTurnStream(AsyncIterator[str]):
             self._host.post(lambda: _end_dropped(turn, keep_reply))
 
     async def aclose(self) -> None:
-        """Ends the turn early if it still runs; see `TurnStream.close`."""
+        """Ends the turn early if it still runs; see `TurnStream.close`.
+
+        Cancelled, it does so all the same.
+        """
         turn = self._turn
         if self._is_over:
             return
-        if not turn.is_settled:
-            await asyncio.shield(asyncio.wrap_future(self._host.submit(turn.cancel)))
         self._is_over = True
-        self._keep_reply(turn.reply)
+        try:
+            if not turn.is_settled:
+                await finish(self._host.submit(turn.cancel))
+        finally:
+            self._keep_reply(turn.reply)
         if turn.error is not None:
             turn.result()
 

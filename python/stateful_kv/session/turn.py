@@ -7,13 +7,15 @@ import enum
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from stateful_kv.choosing.sampler import Sampler
-from stateful_kv.errors import InvariantError, without_frames
+from stateful_kv.errors import InvariantError, SessionBusyError, without_frames
 from stateful_kv.session.receipts import (
     FINISH_CANCELLED,
     FINISH_LENGTH,
@@ -76,16 +78,32 @@ class TurnRequest:
     began_at: float
     is_streamed: bool = False
     listener: Callable[[], None] | None = None
-    caller: object = field(default_factory=lambda: current_caller())
+    caller: Caller = field(default_factory=lambda: current_caller())
 
 
-def current_caller() -> object:
-    """The running asyncio task, or else the number of the running thread."""
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: a thread, and the asyncio task that it runs, if any. Keeps neither alive."""
+
+    thread: weakref.ref[threading.Thread]
+    task: weakref.ref[asyncio.Task[Any]] | None
+
+
+def current_caller() -> Caller:
+    """The running thread and asyncio task."""
     try:
         task = asyncio.current_task()
     except RuntimeError:
         task = None
-    return threading.get_ident() if task is None else task
+    thread = weakref.ref(threading.current_thread())
+    return Caller(thread, None if task is None else weakref.ref(task))
+
+
+def busy_error(state: SessionState) -> SessionBusyError:
+    """What a call raises that would wait for a stream which its caller has to read."""
+    return SessionBusyError(
+        f"session {state.name!r} is in the middle of a turn; read its stream to the end or close it"
+    )
 
 
 class TurnPhase(enum.Enum):
@@ -158,6 +176,7 @@ class Turn:
         is_accepting: tokens are being added; a turn that is interrupted meanwhile must fail.
         is_settled: there is a reply or an error, and the session is free.
         settled: has a result from then on, for who waits in another thread.
+        end: the tokens of the session when there was a reply.
     """
 
     request: TurnRequest
@@ -173,6 +192,7 @@ class Turn:
     is_accepting: bool = False
     is_settled: bool = False
     waits_for: tuple[Turn, int] | None = None
+    end: Basis | None = None
     reply: Reply | None = None
     error: BaseException | None = None
     settled: Future[None] = field(default_factory=Future)
@@ -208,6 +228,20 @@ class Turn:
     def stops(self) -> StopRules:
         """What ends the reply."""
         return self.request.stops
+
+    def is_read_by(self, caller: Caller, *, blocking: bool) -> bool:
+        """Whether the turn cannot end while this caller waits for that, since it is to read it.
+
+        Args:
+            caller: who would wait.
+            blocking: no other task of the thread would run meanwhile.
+        """
+        reader = self.request.caller
+        return (
+            self.has_reader
+            and reader.thread == caller.thread
+            and (blocking or reader.task is None or reader.task == caller.task)
+        )
 
     @property
     def is_finished(self) -> bool:
@@ -336,6 +370,13 @@ class Turn:
         self._roll_back()
         self._settle(None)
 
+    def withdraw(self, error: BaseException) -> None:
+        """The turn never was, since nobody got its reply; no later call has built on it yet."""
+        if not self.is_settled:
+            self.fail(error)
+        elif self.end == Basis.of(self.state) and not (self.state.is_busy or self.state.is_closed):
+            self.state.truncate(self.start)
+
     def result(self) -> Reply:
         """Returns the reply of a settled turn, or raises its error."""
         if self.error is not None:
@@ -361,6 +402,7 @@ class Turn:
 
     def _settle(self, reply: Reply | None) -> None:
         state = self.request.state
+        self.end = None if reply is None else Basis.of(state)
         # Nothing can come between these three: there is no call among them.
         self.reply = reply
         state.is_busy = False
