@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import os
-import random
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any

@@ -130,7 +130,6 @@ def _commit_kv(cache: KVCache, kept: Sequence[tuple[RowPlan, int]]) -> list[RowP
     return [row for item in kept for row in _commit_kv(cache, [item])]
 
 
-@traced("share")
 def _share_prompt(row: RowPlan) -> None:
     """Gives prompt tokens that have KV now to the prefix tree, for other sessions to match."""
     turn, state = row.turn, row.turn.state
