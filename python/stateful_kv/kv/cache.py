@@ -324,7 +324,7 @@ class KVCache:
     def _append(self, sequence_id: int, num_tokens: int) -> bool:
         """Reserves tokens where enough pages are free."""
         self._copying = (sequence_id,)
-        copies = self._table.append(sequence_id, num_tokens)
+        copies = self._table.reserve(sequence_id, num_tokens)
         if copies is not None:
             self._copy(copies)
         self._copying = ()
