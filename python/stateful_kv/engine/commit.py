@@ -83,7 +83,7 @@ def end_steps(
         if turn.error is not None:
             continue
         turn.count_steps(num_steps=num, num_prompt_rows=num_rows, forward_s=seconds, host_s=host_s)
-        if turn.is_finished and not turn.request.is_streamed:
+        if turn.is_finished and not turn.has_reader:
             try:
                 turn.close_books()
             except Exception as error:

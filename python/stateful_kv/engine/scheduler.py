@@ -5,9 +5,8 @@ Everything that changes a session happens in an operation of `Owner`, one at a t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import TypeVar
 
 from stateful_kv.engine.config import EngineConfig
@@ -19,6 +18,7 @@ from stateful_kv.kv.cache import KVCache
 from stateful_kv.models.protocol import Model
 from stateful_kv.session.state import SessionState
 from stateful_kv.session.turn import Basis, Turn, TurnRequest, busy_error, current_caller
+from stateful_kv.system.promise import Promise
 from stateful_kv.system.tracing import traced
 
 T = TypeVar("T")
@@ -62,13 +62,17 @@ class Scheduler:
         """Runs an operation when its turn comes; returns or raises what it does."""
         return self.owner.perform(operation)
 
-    def submit(self, operation: Callable[[], T]) -> Future[T]:
+    def submit(self, operation: Callable[[], T]) -> Promise[T]:
         """Hands an operation to the engine's thread, which is started if need be."""
         return self.owner.submit(operation)
 
     def post(self, operation: Callable[[], object]) -> None:
-        """Leaves an operation to be run soon and returns at once; safe in destructors."""
+        """Leaves an operation to be run soon and returns at once."""
         self.owner.post(operation)
+
+    def watch(self, user: object, subject: Turn | SessionState) -> None:
+        """Ends a turn or a session soon after the last reference to its user is gone."""
+        self.owner.watch(user, subject)
 
     def catch_up(self) -> None:
         """Runs what was posted, if the calling thread can: before state is looked at."""
@@ -100,13 +104,14 @@ class Scheduler:
             self.owner.num_conducting -= is_counted
         return opened
 
-    def wait_for_news(self, news: threading.Event) -> None:
-        """Returns when there may be something new of a turn, whose listener sets `news`."""
+    def wait_for_news(self, news: SimpleQueue[None]) -> None:
+        """Returns when there may be something new of a turn, whose listener adds to `news`."""
         if self.owner.is_inline():
             self.owner.run(self._step_if_open)
         else:
-            news.wait()
-        news.clear()
+            news.get()
+        while not news.empty():
+            news.get()
 
     def running_turn(self, state: SessionState) -> Turn | None:
         """The turn that makes a session busy."""
@@ -145,14 +150,18 @@ class Scheduler:
             return None
         self.cache.check_fits(request.basis.length + len(request.delta))
         turn = Turn.of(request)
-        # In a thread of the engine's own the turn may run before its stream is made.
-        turn.has_reader = request.is_streamed and self.owner.is_threaded
+        if request.reader is not None:
+            reader = request.reader()
+            if reader is None:
+                return None  # its caller was interrupted and is gone
+            self.owner.watch(reader, turn)
         self.turns.append(turn)
         try:
             turn.begin()
         except Exception as error:
             turn.fail(error)
             raise
+        turn.has_reader = request.reader is not None
         return turn
 
     def register(self, state: SessionState) -> None:
@@ -160,9 +169,18 @@ class Scheduler:
         self.require_open()
         self.sessions.append(state)
 
-    def forget(self, state: SessionState) -> None:
-        """Forgets a closed session."""
+    def close_session(self, state: SessionState) -> bool:
+        """Closes a session and an open stream of it; False if another turn has to end first."""
+        if state.is_busy:
+            turn = self.running_turn(state)
+            if turn is None or not turn.has_reader:
+                return False
+            turn.cancel()
+        state.store(with_partial_page=True)
+        state.drop_kv()
         self.sessions = [other for other in self.sessions if other is not state]
+        state.is_closed = True
+        return True
 
     @traced("step")
     def step(self) -> bool:
@@ -230,20 +248,39 @@ class Scheduler:
         """Whether a step would compute something."""
         return any(not turn.is_finished for turn in self.turns)
 
+    @property
+    def is_tidy(self) -> bool:
+        """Whether somebody waits for each turn."""
+        if self.owner.num_conducting or self.owner.is_threaded:
+            return True
+        return all(turn.has_reader for turn in self.turns)
+
     def tidy(self) -> None:
         """Ends turns that nobody waits for, which only an interrupt of their caller leaves."""
-        if self.turns and self.owner.num_conducting == 0 and not self.owner.is_threaded:
+        if not self.is_tidy:
             for turn in self.turns:
                 if not turn.has_reader:
                     turn.fail(KeyboardInterrupt())
         self._prune()
 
+    def abandon(self, subject: object) -> None:
+        """Ends a turn whose stream was dropped, or a session that was."""
+        if isinstance(subject, Turn):
+            subject.cancel()
+            self._prune()
+        elif isinstance(subject, SessionState) and not subject.is_closed:
+            turn = self.running_turn(subject)
+            if turn is not None:
+                turn.cancel()
+            self.close_session(subject)
+
     def recover(self, error: BaseException | None) -> None:
         """Makes the state whole after an operation that was cut off."""
         error = KeyboardInterrupt() if error is None else error
         for turn in self.turns:
-            # A turn that is settled, but for the last word, is left as it is.
-            if turn.is_accepting or turn.error is not None or not turn.has_reader:
+            if turn.is_settled:
+                turn.announce()  # it may have been cut off in the middle of that
+            elif turn.is_accepting or turn.error is not None or not turn.has_reader:
                 turn.fail(error)
         for state in self.sessions:
             state.repair()

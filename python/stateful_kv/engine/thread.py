@@ -10,6 +10,9 @@ after a call, when a loop jumps back, at the start of a function; never between 
 and the `try` behind it. So flags are set right before `try` and cleared first thing in `finally`,
 and a `with` on a lock is safe. What an interrupt leaves half done is made whole by `recover`, at
 once or, if that is interrupted too, before the next operation.
+
+An interrupt in a destructor or in a callback written in Python is lost, and with it what was to be
+done there. So nothing hangs on those: C code notices that an object was dropped, see `Owner.watch`.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import get_ident
 from typing import Any, Protocol, TypeVar
 
 from stateful_kv.errors import SessionBusyError
+from stateful_kv.system.promise import Promise
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -57,6 +61,15 @@ class Worker(Protocol):
         """Ends what nobody waits for any more; called before every operation."""
         ...
 
+    @property
+    def is_tidy(self) -> bool:
+        """Whether `tidy` would change nothing."""
+        ...
+
+    def abandon(self, subject: object) -> None:
+        """Ends what belonged to an object that is gone; see `Owner.watch`. May be repeated."""
+        ...
+
     def fail_all(self, error: Exception) -> None:
         """Ends all running turns: a step cannot be taken."""
         ...
@@ -65,8 +78,8 @@ class Worker(Protocol):
 class _Posted:
     """An operation on its way to the owner, and the result on its way back."""
 
-    def __init__(self, operation: Callable[[], Any], future: Future[Any] | None) -> None:
-        self._parts: tuple[Callable[[], Any], Future[Any] | None] | None = operation, future
+    def __init__(self, operation: Callable[[], Any], promise: Promise[Any] | None) -> None:
+        self._parts: tuple[Callable[[], Any], Promise[Any] | None] | None = operation, promise
 
     @property
     def has_caller(self) -> bool:
@@ -76,22 +89,29 @@ class _Posted:
     def run(self) -> None:
         """Runs the operation; an exception goes to who waits for it."""
         assert self._parts is not None, "an operation runs once"
-        operation, future = self._parts
+        operation, promise = self._parts
         self._parts = None  # it must not keep a session alive as long as steps follow
         try:
             result = operation()
         except Exception as error:
-            if future is None:
+            if promise is None:
                 _log.exception("an operation that nobody waits for failed")
             else:
-                future.set_exception(error)
+                promise.set_exception(error)
         except BaseException as error:
-            if future is not None:
-                future.set_exception(error)
+            if promise is not None:
+                promise.set_exception(error)
             raise
         else:
-            if future is not None:
-                future.set_result(result)
+            if promise is not None:
+                promise.set_result(result)
+
+
+class _Watch(weakref.ref[object]):
+    """Knows what is to be ended once nobody has an object any more."""
+
+    __slots__ = ("subject",)
+    subject: object
 
 
 class Owner:
@@ -104,7 +124,8 @@ class Owner:
     def __init__(self, worker: Worker) -> None:
         """Begins without a thread."""
         self._worker_ref = weakref.ref(worker)  # it owns this: a cycle would keep the pools
-        self._inbox: SimpleQueue[_Posted | None] = SimpleQueue()
+        self._inbox: SimpleQueue[_Posted | _Watch | None] = SimpleQueue()
+        self._watches: dict[int, _Watch] = {}
         self._start_lock = threading.Lock()
         self._lock = threading.Lock()
         self._inside = 0  # the thread that runs an operation
@@ -146,21 +167,28 @@ class Owner:
 
     def start(self) -> None:
         """Gives the engine a thread of its own; does nothing if it has one, or was stopped."""
-        with self._start_lock:
-            self._start()
-
-    def _start(self) -> None:
         if self._is_stopped or self._thread is not None:
             return
-        thread = threading.Thread(
+        is_up: Promise[None] = Promise()
+        threading.Thread(
             target=_serve,
-            args=(weakref.ref(self), self._inbox),
+            args=(weakref.ref(self), self._inbox, is_up),
             name="stateful-kv engine",
             daemon=True,
-        )
-        thread.start()
-        self._thread = thread
+        ).start()
+        is_up.wait()
         self.post(lambda: None)  # streams that are open go on
+
+    def _take_over(self) -> bool:
+        """Makes the calling thread the engine's; False if there is one, or none is wanted.
+
+        The new thread itself says so, since who starts it may be interrupted at any time.
+        """
+        with self._start_lock:
+            if self._is_stopped or self._thread is not None:
+                return False
+            self._thread = threading.current_thread()
+            return True
 
     def stop(self) -> None:
         """Ends the engine's thread, if it has one, after the operation that it is in; for good.
@@ -181,34 +209,44 @@ class Owner:
     def post(self, operation: Callable[[], Any]) -> None:
         """Leaves an operation for the owner and returns at once.
 
-        For destructors, which may run anywhere, also in the middle of an operation: without a
-        thread it is run when the next operation begins.
+        Without a thread it is run when the next operation begins.
         """
         self._inbox.put(_Posted(operation, None))
 
+    def watch(self, user: object, subject: object) -> None:
+        """Has the worker abandon `subject` soon after the last reference to `user` is gone.
+
+        The reference that notices it is put into the inbox by C code, which may run anywhere,
+        also in the middle of an operation, and cannot be interrupted.
+        """
+        watch = _Watch(user, self._inbox.put)
+        watch.subject = subject
+        self._watches[id(watch)] = watch
+
     def catch_up(self) -> None:
         """Runs what was left for the owner, if the calling thread can do that now."""
-        is_free = self._thread is None and self._inside == 0
-        if is_free and self._home == get_ident() and not self._inbox.empty():
+        is_free = self._thread is None and self._inside == 0 and self._home in (0, get_ident())
+        is_done = not self._is_dirty and self._inbox.empty()
+        if is_free and not (is_done and self._worker.is_tidy):
             self.run(lambda: None)
 
-    def submit(self, operation: Callable[[], T]) -> Future[T]:
+    def submit(self, operation: Callable[[], T]) -> Promise[T]:
         """Hands an operation to the engine's thread, which is started if need be.
 
         Raises:
             SessionBusyError: called from within an operation, which cannot wait for itself.
         """
         self._refuse_within()
-        future: Future[T] = Future()
-        future.set_running_or_notify_cancel()  # it runs, whoever gives up waiting
-        posted = _Posted(operation, future)
-        with self._start_lock:
-            if not self._is_stopped:
-                self._start()
-                self._inbox.put(posted)
-                return future
+        promise: Promise[T] = Promise()
+        posted = _Posted(operation, promise)
+        while not self._is_stopped:
+            with self._start_lock:
+                if self._thread is not None and not self._is_stopped:
+                    self._inbox.put(posted)
+                    return promise
+            self.start()
         self.run(posted.run)
-        return future
+        return promise
 
     def perform(self, operation: Callable[[], T]) -> T:
         """Runs an operation when its turn comes; returns or raises what it does.
@@ -227,7 +265,7 @@ class Owner:
             self._inside = get_ident()
             try:
                 if self._is_dirty:
-                    self._worker.recover(None)
+                    self._recover(None)
                 self._is_dirty = True
                 self._run_posted()
                 self._worker.tidy()
@@ -238,11 +276,18 @@ class Owner:
                 self._is_dirty = False
                 raise
             except BaseException as error:
-                self._worker.recover(error)
+                self._recover(error)
                 self._is_dirty = False
                 raise
             finally:
                 self._inside = 0
+
+    def _recover(self, error: BaseException | None) -> None:
+        """Makes the state whole; what was dropped and perhaps not ended yet is left again."""
+        self._worker.recover(error)
+        for watch in tuple(self._watches.values()):
+            if watch() is None:
+                self._inbox.put(watch)
 
     def _run_posted(self) -> None:
         """Runs what was left for the owner; the engine's thread takes its operations one by one."""
@@ -252,15 +297,25 @@ class Owner:
             except Empty:
                 return
             if posted is not None:
-                posted.run()
+                self._run_one(posted)
+
+    def _run_one(self, posted: _Posted | _Watch) -> None:
+        if isinstance(posted, _Posted):
+            posted.run()
+            return
+        try:
+            self._worker.abandon(posted.subject)
+        except Exception:
+            _log.exception("what was dropped could not be ended")
+        self._watches.pop(id(posted), None)
 
     def _refuse_within(self) -> None:
         if self._inside == get_ident():
             raise SessionBusyError("the engine is in the middle of a step, which called it again")
 
-    def _serve(self, posted: _Posted) -> None:
+    def _serve(self, posted: _Posted | _Watch) -> None:
         """The engine's thread: runs an operation, then steps as long as there is work."""
-        self._run_in_thread(posted.run)
+        self._run_in_thread(partial(self._run_one, posted))
         while True:
             # Only what is there already: callers that never pause must not keep turns from going on
             for _ in range(self._inbox.qsize()):
@@ -268,7 +323,7 @@ class Owner:
                 if next_posted is None:  # `stop`: again, for the loop that waits for it
                     self._inbox.put(None)
                     return
-                self._run_in_thread(next_posted.run)
+                self._run_in_thread(partial(self._run_one, next_posted))
             if not self._worker.has_work:
                 return
             self._run_in_thread(self._worker.step)
@@ -298,8 +353,15 @@ class Owner:
         weakref.finalize(self, self._inbox.put, None).atexit = False
         while not left.empty():
             posted = left.get_nowait()
-            if posted is not None and not posted.has_caller:
+            if isinstance(posted, _Posted) and not posted.has_caller:
                 self._inbox.put(posted)
+        for watch in tuple(self._watches.values()):
+            user = watch()
+            if user is not None:  # what it leaves behind goes into the new inbox
+                self.watch(user, watch.subject)
+                del self._watches[id(watch)]
+            else:
+                self._inbox.put(watch)
         if self._inside != get_ident():  # else the child goes on with the operation
             self._lock = threading.Lock()
             self._is_dirty = self._is_dirty or self._inside != 0
@@ -308,9 +370,17 @@ class Owner:
             self._home = self.num_conducting = 0
 
 
-def _serve(owner: weakref.ref[Owner], inbox: SimpleQueue[_Posted | None]) -> None:
+def _serve(
+    owner: weakref.ref[Owner],
+    inbox: SimpleQueue[_Posted | _Watch | None],
+    is_up: Promise[None],
+) -> None:
     """What the engine's thread runs; while it waits, it does not keep the engine alive."""
-    while True:
+    alive = owner()
+    is_wanted = alive is not None and alive._take_over()
+    del alive
+    is_up.set_result(None)
+    while is_wanted:
         posted = inbox.get()
         alive = owner()
         worker = None if alive is None else alive._worker_ref()

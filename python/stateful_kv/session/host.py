@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
 from stateful_kv.session.state import SessionState
 from stateful_kv.session.turn import Turn, TurnRequest
+from stateful_kv.system.promise import Promise
 
 T = TypeVar("T")
 
@@ -34,12 +34,16 @@ class Host(Protocol):
         """Runs an operation when its turn comes; returns or raises what it does."""
         ...
 
-    def submit(self, operation: Callable[[], T]) -> Future[T]:
+    def submit(self, operation: Callable[[], T]) -> Promise[T]:
         """Hands an operation to the engine's thread, which is started if need be."""
         ...
 
     def post(self, operation: Callable[[], object]) -> None:
-        """Leaves an operation to be run soon and returns at once; safe in destructors."""
+        """Leaves an operation to be run soon and returns at once."""
+        ...
+
+    def watch(self, user: object, subject: Turn | SessionState) -> None:
+        """Ends a turn or a session soon after the last reference to its user is gone."""
         ...
 
     def catch_up(self) -> None:
@@ -63,8 +67,8 @@ class Host(Protocol):
         """
         ...
 
-    def wait_for_news(self, news: threading.Event) -> None:
-        """Returns when there may be something new of a turn, whose listener sets `news`."""
+    def wait_for_news(self, news: SimpleQueue[None]) -> None:
+        """Returns when there may be something new of a turn, whose listener adds to `news`."""
         ...
 
     def running_turn(self, state: SessionState) -> Turn | None:
@@ -83,6 +87,10 @@ class Host(Protocol):
         """Makes a session known; part of an operation."""
         ...
 
-    def forget(self, state: SessionState) -> None:
-        """Forgets a closed session; part of an operation."""
+    def close_session(self, state: SessionState) -> bool:
+        """Closes a session and an open stream of it; part of an operation.
+
+        Returns:
+            False if another turn has to end first.
+        """
         ...

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ from stateful_kv.session.receipts import Reply
 from stateful_kv.session.state import SessionState
 from stateful_kv.session.stream import AsyncTurnStream, TurnStream
 from stateful_kv.session.turn import Basis, Turn, TurnRequest, busy_error, current_caller
-from stateful_kv.session.waiting import AsyncNews, give_up, wait_for
+from stateful_kv.session.waiting import give_up, wait_for
 from stateful_kv.system.tracing import traced
 from stateful_kv.text.messages import Tokenizer, as_messages
 from stateful_kv.text.stopping import StopRules
@@ -45,8 +46,6 @@ class Session:
     caller itself has open raises SessionBusyError instead.
     """
 
-    _is_made = False  # so that one whose making was interrupted can be dropped
-
     def __init__(
         self,
         host: Host,
@@ -64,8 +63,7 @@ class Session:
         self._system = system
         self._tools = tools
         self._sampling = sampling
-        self._last_reply: Reply | None = None
-        self._is_made = True
+        host.watch(self, state)
 
     def __repr__(self) -> str:
         return f"<Session {self.name!r}: {self.num_turns} turns, {self.num_tokens} tokens>"
@@ -75,10 +73,6 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if self._is_made and not self._state.is_closed:
-            self._host.post(self._close_dropped)
 
     @property
     def name(self) -> str:
@@ -124,8 +118,7 @@ class Session:
     @property
     def last_reply(self) -> Reply | None:
         """The reply of the last turn; None if that failed, was interrupted or still runs."""
-        self._host.catch_up()
-        return self._last_reply
+        return self._settled_state().last_reply
 
     @traced("turn")
     def turn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
@@ -154,13 +147,12 @@ class Session:
         the tokens whose text was read stay in the session, the others never happened; if none
         was read, neither message nor reply stay.
         """
-        news = threading.Event()
-        open_turn = self._opener(message, max_tokens, sampling, listener=news.set)
-        return TurnStream(self._host, open_turn(), news, self._keep_reply)
+        stream = TurnStream(self._host)
+        return stream.begin(self._opener(message, max_tokens, sampling, stream)())
 
     async def aturn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
         """Like `turn`, for asyncio. Cancelled, it ends the turn within one step: it never was."""
-        self._keep_reply(None)
+        self._state.last_reply = None
         turn = await self._open_async(message, max_tokens, sampling, None)
         try:
             await wait_for(turn.settled)
@@ -177,10 +169,9 @@ class Session:
         A task that is cancelled while it waits for a piece ends the turn within one step: it
         never was. `aclose` ends it early like `TurnStream.close`.
         """
-        self._keep_reply(None)
-        news = AsyncNews()
-        turn = await self._open_async(message, max_tokens, sampling, news.tell)
-        return AsyncTurnStream(self._host, turn, news, self._keep_reply)
+        self._state.last_reply = None
+        stream = AsyncTurnStream(self._host)
+        return stream.begin(await self._open_async(message, max_tokens, sampling, stream))
 
     def fork(self, name: str | None = None) -> Session:
         """Returns an independent session with the same past; shares KV, copies none."""
@@ -231,7 +222,7 @@ class Session:
         message: Messages,
         max_tokens: int,
         sampling: Mapping[str, Any],
-        listener: Callable[[], None] | None = None,
+        stream: TurnStream | None = None,
     ) -> Callable[[], Turn]:
         """Returns what checks, renders and opens a turn in the calling thread.
 
@@ -245,22 +236,15 @@ class Session:
                 self._host.perform(lambda: opened.append(self._host.open(request)))
             except Exception:
                 raise
-            except BaseException as error:
-                cut_off = error
-
-                def withdraw() -> None:
-                    # Behind the operation that opens the turn, which is run all the same.
-                    if opened and opened[0] is not None:
-                        opened[0].withdraw(cut_off)
-
-                self._host.post(withdraw)
+            except BaseException:
+                self._host.post(partial(_withdraw, opened))
                 raise
             return opened[0]
 
         def open_turn() -> Turn:
             while True:
                 self._host.wait_until_idle(self._state)
-                turn = open_request(self._make_request(message, max_tokens, sampling, listener))
+                turn = open_request(self._make_request(message, max_tokens, sampling, stream))
                 if turn is not None:
                     return turn
 
@@ -271,7 +255,7 @@ class Session:
         message: Messages,
         max_tokens: int,
         sampling: Mapping[str, Any],
-        listener: Callable[[], None] | None,
+        stream: AsyncTurnStream | None,
     ) -> Turn:
         while True:
             other = self._host.running_turn(self._state)
@@ -279,7 +263,7 @@ class Session:
                 raise busy_error(self._state)
             if other is not None:
                 await wait_for(other.settled)
-            request = self._make_request(message, max_tokens, sampling, listener)
+            request = self._make_request(message, max_tokens, sampling, stream)
             turn = await self._submit_async(request)
             if turn is not None:
                 return turn
@@ -343,48 +327,26 @@ class Session:
 
     def _close(self) -> bool:
         """An operation; False if another thread's turn has to end first."""
-        state = self._state
-        if state.is_busy:
-            turn = self._host.running_turn(state)
-            if turn is None or not turn.has_reader:
-                return False
-            turn.cancel()
-        state.store(with_partial_page=True)
-        state.drop_kv()
-        self._host.forget(state)
-        state.is_closed = True
-        return True
-
-    def _close_dropped(self) -> None:
-        """An operation: nobody has the session any more, nor a stream of it."""
-        turn = self._host.running_turn(self._state)
-        if turn is not None:
-            turn.cancel()
-        if not self._state.is_closed:
-            self._close()
+        return self._state.is_closed or self._host.close_session(self._state)
 
     def _require_host(self, host: Host) -> None:
         """Raises InvalidRequestError unless the session belongs to `host`."""
         if self._host is not host:
             raise InvalidRequestError(f"session {self.name!r}: it belongs to another engine")
 
-    def _keep_reply(self, reply: Reply | None) -> None:
-        self._last_reply = reply
-
     def _collect(self, opened: Turn | Exception) -> Reply:
-        """Returns the reply of a settled turn and keeps it as last_reply, or raises its error."""
-        self._last_reply = None
+        """Returns the reply of a settled turn, or raises its error."""
         if isinstance(opened, Exception):
+            self._state.last_reply = None
             raise opened
-        self._last_reply = opened.result()
-        return self._last_reply
+        return opened.result()
 
     def _make_request(
         self,
         message: Messages,
         max_tokens: int,
         sampling: Mapping[str, Any],
-        listener: Callable[[], None] | None,
+        stream: TurnStream | AsyncTurnStream | None,
     ) -> TurnRequest:
         """Checks, renders and tokenises: all that needs no lock."""
         began_at = time.perf_counter()
@@ -421,8 +383,8 @@ class Session:
             sampler=Sampler(params, seed, self._host.vocab_size, prompt),
             stops=StopRules(self._tokenizer.stream_decoder(), stop_ids, params.stop),
             began_at=began_at,
-            is_streamed=listener is not None,
-            listener=listener,
+            reader=None if stream is None else weakref.ref(stream),
+            listener=None if stream is None else stream.listener,
         )
 
     def _sampling_for(self, changes: Mapping[str, Any]) -> SamplingParams:
@@ -447,6 +409,12 @@ class Session:
         if self._system is not None:
             messages = ({"role": "system", "content": self._system}, *messages)
         return self._tokenizer.render_start(messages, self._tools)
+
+
+def _withdraw(opened: Sequence[Turn | None]) -> None:
+    """An operation, behind the one that opens a turn: its caller was interrupted meanwhile."""
+    if opened and opened[0] is not None:
+        opened[0].withdraw(KeyboardInterrupt())
 
 
 def _check_delta(delta: TokenArray, vocab_size: int) -> None:

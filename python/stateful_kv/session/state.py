@@ -9,6 +9,7 @@ from stateful_kv.errors import OutOfPagesError
 from stateful_kv.kv.cache import KVCache
 from stateful_kv.kv.roots import DEFAULT_ROOT, RootKey
 from stateful_kv.session.ledger import Ledger
+from stateful_kv.session.receipts import Reply
 
 
 @dataclass(eq=False)
@@ -27,6 +28,7 @@ class SessionState:
         root: with which sessions it may share KV.
         sequence_id: the session's sequence; None, or gone, while its KV is dropped.
         num_stored: tokens of this sequence the prefix tree has been given.
+        last_reply: of the last turn; None if that failed or still runs.
         is_busy: a turn runs.
         is_closed: no turn may start any more.
     """
@@ -38,6 +40,7 @@ class SessionState:
     root: RootKey = DEFAULT_ROOT
     sequence_id: int | None = None
     num_stored: int = 0
+    last_reply: Reply | None = None
     is_busy: bool = False
     is_closed: bool = False
 

@@ -3,45 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from queue import SimpleQueue
 
 from stateful_kv.errors import SessionBusyError
 from stateful_kv.session.host import Host
-from stateful_kv.session.receipts import Reply
 from stateful_kv.session.turn import Turn
 from stateful_kv.session.waiting import AsyncNews, finish, give_up
-
-KeepReply = Callable[[Reply | None], None]
 
 
 class TurnStream(Iterator[str]):
     """Iterator over the text of a running turn; see `Session.stream`."""
 
-    # So that one whose making was interrupted can be dropped.
-    _turn: Turn | None = None
-    _keep_reply: KeepReply
+    def __init__(self, host: Host) -> None:
+        """Not for users. `begin` follows.
 
-    def __init__(
-        self, host: Host, turn: Turn, news: threading.Event, keep_reply: KeepReply
-    ) -> None:
-        """Not for users."""
+        It is there before its turn, so that the turn ends whenever the stream is dropped.
+        """
         self._host = host
-        self._news = news
-        self._keep_reply = keep_reply
+        self._news: SimpleQueue[None] = SimpleQueue()
+        self.listener = partial(self._news.put, None)
         self._is_over = False
+        self._turn: Turn
+
+    def begin(self, turn: Turn) -> TurnStream:
+        """Not for users."""
         self._turn = turn
-        turn.has_reader = True
-        keep_reply(None)
+        return self
 
     @property
     def error(self) -> BaseException | None:
         """Why the turn failed; None if it did not."""
-        return None if self._turn is None else self._turn.error
+        return self._turn.error
 
     def __next__(self) -> str:
         turn = self._turn
-        if turn is None or self._is_over:
+        if self._is_over:
             raise StopIteration
         try:
             while True:
@@ -57,12 +55,10 @@ class TurnStream(Iterator[str]):
         except SessionBusyError:  # asked from within a step: the stream goes on
             raise
         except BaseException as error:
-            failure = error
-            self._host.perform(lambda: turn.fail(failure))
+            self._host.perform(partial(turn.fail, error))
             self._is_over = True
             raise
         self._is_over = True
-        self._keep_reply(turn.reply)
         turn.result()  # raises if the turn failed
         raise StopIteration
 
@@ -76,12 +72,6 @@ class TurnStream(Iterator[str]):
             if kind is None:  # else the error that leaves the block is the one to see
                 raise
 
-    def __del__(self) -> None:
-        turn, keep_reply = self._turn, self._keep_reply
-        if turn is not None and not turn.is_settled:
-            turn.has_reader = False
-            self._host.post(lambda: _end_dropped(turn, keep_reply))
-
     def close(self) -> None:
         """Ends the turn early if it still runs. Idempotent.
 
@@ -89,12 +79,11 @@ class TurnStream(Iterator[str]):
             Exception: the one that the turn failed with, if the iterator has not raised it.
         """
         turn = self._turn
-        if turn is None or self._is_over:
+        if self._is_over:
             return
         if not turn.is_settled:
             self._host.perform(turn.cancel)
         self._is_over = True
-        self._keep_reply(turn.reply)
         if turn.error is not None:
             turn.result()
 
@@ -102,13 +91,18 @@ class TurnStream(Iterator[str]):
 class AsyncTurnStream(AsyncIterator[str]):
     """The same for asyncio; see `Session.astream`."""
 
-    def __init__(self, host: Host, turn: Turn, news: AsyncNews, keep_reply: KeepReply) -> None:
-        """Not for users."""
+    def __init__(self, host: Host) -> None:
+        """Not for users. `begin` follows; see `TurnStream`."""
         self._host = host
-        self._turn = turn
-        self._news = news
-        self._keep_reply = keep_reply
+        self._news = AsyncNews()
+        self.listener = self._news.tell
         self._is_over = False
+        self._turn: Turn
+
+    def begin(self, turn: Turn) -> AsyncTurnStream:
+        """Not for users."""
+        self._turn = turn
+        return self
 
     @property
     def error(self) -> BaseException | None:
@@ -137,7 +131,6 @@ class AsyncTurnStream(AsyncIterator[str]):
             await give_up(self._host, lambda: turn.withdraw(asyncio.CancelledError()), error)
             raise
         self._is_over = True
-        self._keep_reply(turn.reply)
         turn.result()  # raises if the turn failed
         raise StopAsyncIteration
 
@@ -151,12 +144,6 @@ class AsyncTurnStream(AsyncIterator[str]):
             if kind is None:  # else the error that leaves the block is the one to see
                 raise
 
-    def __del__(self) -> None:
-        turn, keep_reply = self._turn, self._keep_reply
-        if not turn.is_settled:
-            turn.has_reader = False
-            self._host.post(lambda: _end_dropped(turn, keep_reply))
-
     async def aclose(self) -> None:
         """Ends the turn early if it still runs; see `TurnStream.close`.
 
@@ -166,17 +153,7 @@ class AsyncTurnStream(AsyncIterator[str]):
         if self._is_over:
             return
         self._is_over = True
-        try:
-            if not turn.is_settled:
-                await finish(self._host.submit(turn.cancel))
-        finally:
-            self._keep_reply(turn.reply)
+        if not turn.is_settled:
+            await finish(self._host.submit(turn.cancel))
         if turn.error is not None:
             turn.result()
-
-
-def _end_dropped(turn: Turn, keep_reply: KeepReply) -> None:
-    """An operation: ends the turn of a stream that nobody has any more."""
-    if not turn.is_settled:
-        turn.cancel()
-        keep_reply(turn.reply)

@@ -10,7 +10,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from stateful_kv.session.receipts import (
     Reply,
 )
 from stateful_kv.session.state import SessionState
+from stateful_kv.system.promise import Promise
 from stateful_kv.system.tracing import traced
 from stateful_kv.text.stopping import StopRules
 from stateful_kv.types import TokenArray
@@ -62,7 +62,7 @@ class TurnRequest:
         sampler: how tokens are chosen.
         stops: what ends the reply.
         began_at: when the caller asked, by `time.perf_counter`.
-        is_streamed: the text is read while the turn runs.
+        reader: the stream through which the text is read while the turn runs, if there is one.
         listener: called after each step of the turn and at its end, by whoever steps.
         caller: the thread or task that asked, which must not wait for this turn's end by other
             calls; see `current_caller`.
@@ -76,7 +76,7 @@ class TurnRequest:
     sampler: Sampler
     stops: StopRules
     began_at: float
-    is_streamed: bool = False
+    reader: weakref.ref[object] | None = None
     listener: Callable[[], None] | None = None
     caller: Caller = field(default_factory=lambda: current_caller())
 
@@ -195,7 +195,7 @@ class Turn:
     end: Basis | None = None
     reply: Reply | None = None
     error: BaseException | None = None
-    settled: Future[None] = field(default_factory=Future)
+    settled: Promise[None] = field(default_factory=Promise)
 
     @staticmethod
     def of(request: TurnRequest) -> Turn:
@@ -212,6 +212,7 @@ class Turn:
     def begin(self) -> None:
         """Makes the session busy and appends the message; the turn is known to the engine."""
         self.state.is_busy = True
+        self.state.last_reply = None
         self.state.ledger.append(self.request.delta)
 
     @property
@@ -376,6 +377,7 @@ class Turn:
             self.fail(error)
         elif self.end == Basis.of(self.state) and not (self.state.is_busy or self.state.is_closed):
             self.state.truncate(self.start)
+            self.state.last_reply = None
 
     def result(self) -> Reply:
         """Returns the reply of a settled turn, or raises its error."""
@@ -384,6 +386,11 @@ class Turn:
         if self.reply is None:
             raise InvariantError(f"session {self.state.name!r}: the turn is not finished")
         return self.reply
+
+    def announce(self) -> None:
+        """Tells who waits that the turn is settled; may be repeated."""
+        self.settled.set_result(None)
+        self.notify()
 
     def notify(self) -> None:
         """Tells who waits that something may have changed."""
@@ -403,13 +410,11 @@ class Turn:
     def _settle(self, reply: Reply | None) -> None:
         state = self.request.state
         self.end = None if reply is None else Basis.of(state)
-        # Nothing can come between these three: there is no call among them.
-        self.reply = reply
+        # Nothing can come between these: there is no call among them.
+        self.reply = state.last_reply = reply
         state.is_busy = False
         self.is_settled = True
-        if not self.settled.done():
-            self.settled.set_result(None)
-        self.notify()
+        self.announce()
 
     def _show(self, text: str) -> None:
         if text:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from stateful_kv.session.host import Host
+from stateful_kv.system.promise import Promise
 
 T = TypeVar("T")
 
@@ -23,9 +23,9 @@ def call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> 
         loop.call_soon_threadsafe(function)
 
 
-async def wait_for(future: Future[Any]) -> None:
-    """Returns when the future has a result or an exception."""
-    if future.done():
+async def wait_for(promise: Promise[Any]) -> None:
+    """Returns when the promise is kept."""
+    if promise.done():
         return
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[None] = loop.create_future()
@@ -34,11 +34,11 @@ async def wait_for(future: Future[Any]) -> None:
         if not waiter.done():
             waiter.set_result(None)
 
-    future.add_done_callback(lambda _: call_in(loop, wake))
+    promise.add_done_callback(lambda _: call_in(loop, wake))
     await waiter
 
 
-async def finish(operation: Future[T]) -> T:
+async def finish(operation: Promise[T]) -> T:
     """Returns what a submitted operation returns; cancelled meanwhile, it raises that behind it."""
     cancelled: asyncio.CancelledError | None = None
     while not operation.done():
