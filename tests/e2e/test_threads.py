@@ -45,7 +45,7 @@ def in_thread(call: Callable[[], Any]) -> Future[Any]:
 
 
 def engine_threads() -> list[threading.Thread]:
-    return [one for one in threading.enumerate() if one.name == "stateful-kv engine"]
+    return [thread for thread in threading.enumerate() if thread.name == "stateful-kv engine"]
 
 
 class Gate:

@@ -223,7 +223,7 @@ class Owner:
         self._refuse_within()
         with self._lock:
             if _exiting_thread and _exiting_thread != get_ident():
-                raise _PythonEnds
+                raise SystemExit  # ends a daemon thread without a word
             self._inside = get_ident()
             try:
                 if self._is_dirty:
@@ -264,7 +264,10 @@ class Owner:
         while True:
             # Only what is there already: callers that never pause must not keep turns from going on
             for _ in range(self._inbox.qsize()):
-                next_posted = self._inbox.get()
+                try:
+                    next_posted = self._inbox.get_nowait()
+                except Empty:
+                    break
                 if next_posted is None:  # `stop`: again, for the loop that waits for it
                     self._inbox.put(None)
                     return
@@ -281,9 +284,9 @@ class Owner:
             except Exception as error:
                 failure = error
                 self.run(lambda: self._worker.fail_all(failure))
-        except _PythonEnds:
-            raise
         except BaseException:
+            if _exiting_thread:
+                raise
             _log.exception("the engine's thread goes on after")
 
     def _hold_for_fork(self) -> bool:
@@ -320,10 +323,6 @@ def _serve(owner: weakref.ref[Owner], inbox: SimpleQueue[_Posted | None]) -> Non
         del posted, alive, worker
 
 
-class _PythonEnds(SystemExit):
-    """Ends, without a word, a daemon thread that calls an engine while the interpreter ends."""
-
-
 @atexit.register
 def _stop_all() -> None:
     """No thread may be in a step when the interpreter ends: it is ended in the middle of C++.
@@ -347,7 +346,9 @@ class _Forks:
 
     def before(self) -> None:
         self._lock.acquire()
-        self._held = [owner for owner in list(_owners) if owner._hold_for_fork()]
+        for owner in list(_owners):
+            if owner._hold_for_fork():
+                self._held.append(owner)
 
     def after_in_parent(self) -> None:
         while self._held:
