@@ -113,8 +113,6 @@ class Owner:
         self._is_stopped = False  # no thread is started any more
         self._is_dirty = False  # an operation was cut off and nobody has recovered yet
         self.num_conducting = 0
-        # When Python ends, `_stop_all` ends the thread: it also waits for it.
-        weakref.finalize(self, self._inbox.put, None).atexit = False
         _owners.add(self)
 
     @property
@@ -160,6 +158,8 @@ class Owner:
         )
         thread.start()
         self._thread = thread
+        # When Python ends, `_stop_all` ends the thread: it also waits for it.
+        weakref.finalize(self, self._inbox.put, None).atexit = False
         self.post(lambda: None)  # streams that are open go on
 
     def stop(self) -> None:
@@ -182,7 +182,8 @@ class Owner:
         """Leaves an operation for the owner and returns at once.
 
         For destructors, which may run anywhere, also in the middle of an operation: without a
-        thread it is run when the next operation begins.
+        thread it is run when the next operation begins. So that nothing is kept alive if there is
+        none, the operation must not refer to the engine.
         """
         self._inbox.put(_Posted(operation, None))
 
@@ -298,7 +299,6 @@ class Owner:
         self._start_lock = threading.Lock()
         self._thread = None
         left, self._inbox = self._inbox, SimpleQueue()
-        weakref.finalize(self, self._inbox.put, None).atexit = False
         while not left.empty():
             posted = left.get_nowait()
             if posted is not None and not posted.has_caller:

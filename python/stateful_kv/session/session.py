@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -78,7 +79,9 @@ class Session:
 
     def __del__(self) -> None:
         if self._is_made and not self._state.is_closed:
-            self._host.post(self._close_dropped)
+            # Without the session: an engine that is dropped too would stay until then.
+            host, state = weakref.ref(self._host), self._state
+            self._host.post(lambda: _close_dropped(host, state))
 
     @property
     def name(self) -> str:
@@ -217,7 +220,7 @@ class Session:
 
         A stream that is open ends as if it were closed; a `turn` of another thread ends first.
         """
-        while not self._state.is_closed and not self._host.perform(self._close):
+        while not self._state.is_closed and not self._host.perform(self._try_to_close):
             self._host.wait_until_idle(self._state)
 
     def _settled_state(self) -> SessionState:
@@ -340,27 +343,15 @@ class Session:
             child.rest()
         return session
 
-    def _close(self) -> bool:
+    def _try_to_close(self) -> bool:
         """An operation; False if another thread's turn has to end first."""
-        state = self._state
-        if state.is_busy:
-            turn = self._host.running_turn(state)
+        if self._state.is_busy:
+            turn = self._host.running_turn(self._state)
             if turn is None or not turn.has_reader:
                 return False
             turn.cancel()
-        state.store(with_partial_page=True)
-        state.drop_kv()
-        self._host.forget(state)
-        state.is_closed = True
+        _close(self._host, self._state)
         return True
-
-    def _close_dropped(self) -> None:
-        """An operation: nobody has the session any more, nor a stream of it."""
-        turn = self._host.running_turn(self._state)
-        if turn is not None:
-            turn.cancel()
-        if not self._state.is_closed:
-            self._close()
 
     def _require_host(self, host: Host) -> None:
         """Raises InvalidRequestError unless the session belongs to `host`."""
@@ -446,6 +437,25 @@ class Session:
         if self._system is not None:
             messages = ({"role": "system", "content": self._system}, *messages)
         return self._tokenizer.render_start(messages, self._tools)
+
+
+def _close(host: Host, state: SessionState) -> None:
+    """Part of an operation: the end of a session of which no turn runs."""
+    state.store(with_partial_page=True)
+    state.drop_kv()
+    host.forget(state)
+    state.is_closed = True
+
+
+def _close_dropped(host_ref: weakref.ref[Host], state: SessionState) -> None:
+    """An operation: nobody has the session any more, nor a stream of it."""
+    host = host_ref()
+    if host is None or state.is_closed:
+        return
+    turn = host.running_turn(state)
+    if turn is not None:
+        turn.cancel()
+    _close(host, state)
 
 
 def _check_delta(delta: TokenArray, vocab_size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from stateful_kv.errors import SessionBusyError
@@ -78,13 +79,7 @@ class TurnStream(Iterator[str]):
         turn = self._turn
         if turn is not None and not turn.is_settled:
             turn.has_reader = False
-            keep_reply = self._keep_reply
-
-            def cancel() -> None:
-                turn.cancel()
-                keep_reply(turn.reply)
-
-            self._host.post(cancel)
+            self._host.post(_canceller(turn, self._keep_reply))
 
     def close(self) -> None:
         """Ends the turn early if it still runs. Idempotent.
@@ -156,15 +151,10 @@ class AsyncTurnStream(AsyncIterator[str]):
                 raise
 
     def __del__(self) -> None:
-        turn, keep_reply = self._turn, self._keep_reply
+        turn = self._turn
         if not turn.is_settled:
             turn.has_reader = False
-
-            def cancel() -> None:
-                turn.cancel()
-                keep_reply(turn.reply)
-
-            self._host.post(cancel)
+            self._host.post(_canceller(turn, self._keep_reply))
 
     async def aclose(self) -> None:
         """Ends the turn early if it still runs; see `TurnStream.close`.
@@ -182,3 +172,16 @@ class AsyncTurnStream(AsyncIterator[str]):
             self._keep_reply(turn.reply)
         if turn.error is not None:
             turn.result()
+
+
+def _canceller(turn: Turn, keep_reply: KeepReply) -> Callable[[], None]:
+    """What ends the turn of a stream that was dropped; does not keep its session alive."""
+    kept = weakref.WeakMethod(keep_reply)
+
+    def cancel() -> None:
+        turn.cancel()
+        keep = kept()
+        if keep is not None:
+            keep(turn.reply)
+
+    return cancel
