@@ -506,8 +506,7 @@ class TestEnds:
             import torch
             torch.set_num_threads(1)
             from stateful_kv.engine.config import EngineConfig
-            from stateful_kv.engine.config import EngineConfig
-from stateful_kv.engine.engine import Engine
+            from stateful_kv.engine.engine import Engine
             from tests.e2e.tiny import COSTS, ByteTokenizer, tiny_llama
 
             ENDLESS = dict(max_tokens=1 << 30, ignore_eos=True)
