@@ -179,9 +179,10 @@ def _canceller(turn: Turn, keep_reply: KeepReply) -> Callable[[], None]:
     kept = weakref.WeakMethod(keep_reply)
 
     def cancel() -> None:
-        turn.cancel()
         keep = kept()
-        if keep is not None:
-            keep(turn.reply)
+        if not turn.is_settled:
+            turn.cancel()
+            if keep is not None:
+                keep(turn.reply)
 
     return cancel
