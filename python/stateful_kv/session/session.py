@@ -209,7 +209,7 @@ class Session:
 
         A stream that is open ends as if it were closed; a `turn` of another thread ends first.
         """
-        while not self._state.is_closed and not self._host.perform(self._close):
+        while not self._state.is_closed and not self._host.perform(self._try_to_close):
             self._host.wait_until_idle(self._state)
 
     def _settled_state(self) -> SessionState:
@@ -325,7 +325,7 @@ class Session:
             child.rest()
         return session
 
-    def _close(self) -> bool:
+    def _try_to_close(self) -> bool:
         """An operation; False if another thread's turn has to end first."""
         return self._state.is_closed or self._host.close_session(self._state)
 
