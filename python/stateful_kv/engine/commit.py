@@ -36,14 +36,14 @@ def commit(
     for row, steps in zip(rows, outcomes, strict=True):
         num_taken = 0
         turn = row.turn
-        turn.is_accepting = True
+        turn.is_taking = True
         try:
             num_taken, num = _take_tokens(row, steps)
             num_steps.append(num)
         except Exception as error:
             num_steps.append(0)
             turn.fail(error)
-        turn.is_accepting = False
+        turn.is_taking = False
         if turn.error is None:
             # Tokens of the ledger that were fed have KV now, and so have the tokens that were
             # taken, but for the last: it is chosen and not fed yet. If no step counted, the KV
@@ -85,7 +85,7 @@ def end_steps(
         turn.count_steps(num_steps=num, num_prompt_rows=num_rows, forward_s=seconds, host_s=host_s)
         if turn.is_finished and not turn.has_reader:
             try:
-                turn.close_books()
+                turn.settle()
             except Exception as error:
                 turn.fail(error)
 
@@ -99,7 +99,7 @@ def _take_tokens(row: RowPlan, steps: Sequence[Outcome]) -> tuple[int, int]:
     for outcome in steps:
         if row.num_logit_rows == 0:
             return 0, 1
-        num_now = turn.accept(outcome.tokens) if outcome.tokens else 0
+        num_now = turn.take(outcome.tokens) if outcome.tokens else 0
         num_taken += num_now
         if outcome.error is not None and not turn.is_finished:
             raise outcome.error
@@ -135,10 +135,10 @@ def _share_prompt(row: RowPlan) -> None:
     turn, state = row.turn, row.turn.state
     try:
         if turn.phase is TurnPhase.EXTENDING:
-            state.store()
+            state.insert()
             if row.num_logit_rows:
                 turn.phase = TurnPhase.DECODING
         if row.num_logit_rows and turn.has_just_started_session:
-            state.share_tail()
+            state.insert_tail_copy()
     except Exception as error:
         turn.fail(error)

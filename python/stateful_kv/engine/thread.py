@@ -118,7 +118,7 @@ class Owner:
     """Runs every operation on an engine's state, one after the other.
 
     Attributes:
-        num_conducting: calls of the thread that does the work itself which wait for turns.
+        num_waiting: calls of the thread that does the work itself which wait for turns.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -133,7 +133,7 @@ class Owner:
         self._thread: threading.Thread | None = None
         self._is_stopped = False  # no thread is started any more
         self._is_dirty = False  # an operation was cut off and nobody has recovered yet
-        self.num_conducting = 0
+        self.num_waiting = 0
         _owners.add(self)
 
     @property
@@ -369,7 +369,7 @@ class Owner:
             self._is_dirty = self._is_dirty or self._inside != 0
             self._inside = 0
         if self._home != get_ident():
-            self._home = self.num_conducting = 0
+            self._home = self.num_waiting = 0
 
 
 def _serve(

@@ -72,7 +72,7 @@ class Eviction:
         self._table = table
         self._tree = tree
 
-    def cached_prefixes(self, num_pages: int) -> int:
+    def evict_prefixes(self, num_pages: int) -> int:
         """Frees pages that only the tree holds, at most so many; returns how many were freed."""
         return self._tree.evict(num_pages)
 

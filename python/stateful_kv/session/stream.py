@@ -8,7 +8,7 @@ from functools import partial
 from queue import SimpleQueue
 
 from stateful_kv.errors import SessionBusyError
-from stateful_kv.session.host import Host
+from stateful_kv.session.runner import TurnRunner
 from stateful_kv.session.turn import Turn
 from stateful_kv.session.waiting import AsyncNews, finish, give_up
 
@@ -16,12 +16,12 @@ from stateful_kv.session.waiting import AsyncNews, finish, give_up
 class TurnStream(Iterator[str]):
     """Iterator over the text of a running turn; see `Session.stream`."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, runner: TurnRunner) -> None:
         """Not for users. `begin` follows.
 
         It is there before its turn, so that the turn ends whenever the stream is dropped.
         """
-        self._host = host
+        self._runner = runner
         self._news: SimpleQueue[None] = SimpleQueue()
         self.listener = partial(self._news.put, None)
         self._is_over = False
@@ -49,13 +49,13 @@ class TurnStream(Iterator[str]):
                     return piece
                 if is_finished:
                     break
-                self._host.wait_for_news(self._news)
+                self._runner.wait_for_news(self._news)
             if not turn.is_settled:
-                self._host.perform(turn.close_books)
+                self._runner.perform(turn.settle)
         except SessionBusyError:  # asked from within a step: the stream goes on
             raise
         except BaseException as error:
-            self._host.perform(partial(turn.fail, error))
+            self._runner.perform(partial(turn.fail, error))
             self._is_over = True
             raise
         self._is_over = True
@@ -82,7 +82,7 @@ class TurnStream(Iterator[str]):
         if self._is_over:
             return
         if not turn.is_settled:
-            self._host.perform(turn.cancel)
+            self._runner.perform(turn.cancel)
         self._is_over = True
         if turn.error is not None:
             turn.result()
@@ -91,9 +91,9 @@ class TurnStream(Iterator[str]):
 class AsyncTurnStream(AsyncIterator[str]):
     """The same for asyncio; see `Session.astream`."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, runner: TurnRunner) -> None:
         """Not for users. `begin` follows; see `TurnStream`."""
-        self._host = host
+        self._runner = runner
         self._news = AsyncNews()
         self.listener = self._news.tell
         self._is_over = False
@@ -124,11 +124,11 @@ class AsyncTurnStream(AsyncIterator[str]):
                     break
                 await self._news.wait()
             if not turn.is_settled:
-                await finish(self._host.submit(turn.close_books))
+                await finish(self._runner.submit(turn.settle))
         except BaseException as error:
             self._is_over = True
             turn.has_reader = False
-            await give_up(self._host, lambda: turn.withdraw(asyncio.CancelledError()), error)
+            await give_up(self._runner, lambda: turn.withdraw(asyncio.CancelledError()), error)
             raise
         self._is_over = True
         turn.result()  # raises if the turn failed
@@ -154,6 +154,6 @@ class AsyncTurnStream(AsyncIterator[str]):
             return
         self._is_over = True
         if not turn.is_settled:
-            await finish(self._host.submit(turn.cancel))
+            await finish(self._runner.submit(turn.cancel))
         if turn.error is not None:
             turn.result()
