@@ -17,7 +17,7 @@ TASKS = {
 async def ask(session: Session, message: str, max_tokens: int) -> str:
     """Streams a reply; leaving the block early would end the turn and keep what was read."""
     pieces = []
-    async with await session.astream(message, max_tokens=max_tokens) as stream:
+    async with session.astream(message, max_tokens=max_tokens) as stream:
         async for piece in stream:
             pieces.append(piece)
             print(f"{session.name:>8} | {''.join(pieces).splitlines()[-1][-70:]}")

@@ -70,7 +70,7 @@ class CancelledAt:
 
 
 async def read(session: Session, settings: dict[str, Any]) -> str:
-    return "".join([piece async for piece in await session.astream("second", **settings)])
+    return "".join([piece async for piece in session.astream("second", **settings)])
 
 
 CALLS = {
@@ -194,7 +194,7 @@ class TestClosingStreams:
 
         async def drop() -> None:
             session = engine.session()
-            async for piece in await session.astream("x", **ENDLESS):
+            async for piece in session.astream("x", **ENDLESS):
                 assert piece
                 break
             gc.collect()
@@ -209,7 +209,7 @@ class TestClosingStreams:
 
         async def time_out() -> None:
             session = engine.session()
-            async with await session.astream("x", **ENDLESS) as stream:
+            async with session.astream("x", **ENDLESS) as stream:
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0.05):
                         while True:
@@ -306,12 +306,20 @@ class TestWaiting:
 
     def test_bad_input(self, make_engine: MakeEngine) -> None:
         session = make_engine(CountingUp()).session()
-        for call in (session.aturn, session.astream):
+
+        async def ask(call: Any) -> None:
+            await call("x", max_tokens=0)
+
+        async def read() -> None:
+            async for _ in session.astream("x", max_tokens=0):
+                raise AssertionError
+
+        for bad in (ask(session.aturn), ask(session.astream), read()):
             run(session.aturn("fine", max_tokens=2))
             with pytest.raises(InvalidRequestError):
-                run(call("x", max_tokens=0))
+                run(bad)
             assert session.last_reply is None
-        assert session.num_turns == 2
+        assert session.num_turns == 3
 
     def test_a_failing_model(self, make_engine: MakeEngine) -> None:
         model = CountingUp()

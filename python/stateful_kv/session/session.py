@@ -161,17 +161,20 @@ class Session:
             raise
         return self._collect(turn)
 
-    async def astream(
-        self, message: Messages, max_tokens: int = 256, **sampling: Any
-    ) -> AsyncTurnStream:
-        """Like `stream`, for asyncio: `async for piece in await session.astream(...)`.
+    def astream(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> AsyncTurnStream:
+        """Like `stream`, for asyncio: `async for piece in session.astream(...)`.
 
-        A task that is cancelled while it waits for a piece ends the turn within one step: it
-        never was. `aclose` ends it early like `TurnStream.close`.
+        The turn is opened by the first piece that is asked for, by `async with`, or by awaiting
+        the stream (`stream = await session.astream(...)`): there bad input raises. A task that is
+        cancelled while it waits for a piece ends the turn within one step: it never was. `aclose`
+        ends it early like `TurnStream.close`.
         """
-        self._state.last_reply = None
-        stream = AsyncTurnStream(self._runner)
-        return stream.begin(await self._open_async(message, max_tokens, sampling, stream))
+
+        async def open_turn(stream: AsyncTurnStream) -> Turn:
+            self._state.last_reply = None
+            return await self._open_async(message, max_tokens, sampling, stream)
+
+        return AsyncTurnStream(self._runner, open_turn)
 
     def fork(self, name: str | None = None) -> Session:
         """Returns an independent session with the same past; shares KV, copies none."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 from stateful_kv.errors import SessionBusyError
 from stateful_kv.session.runner import TurnRunner
@@ -91,26 +92,31 @@ class TurnStream(Iterator[str]):
 class AsyncTurnStream(AsyncIterator[str]):
     """The same for asyncio; see `Session.astream`."""
 
-    def __init__(self, runner: TurnRunner) -> None:
-        """Not for users. `begin` follows; see `TurnStream`."""
+    def __init__(
+        self, runner: TurnRunner, open_turn: Callable[[AsyncTurnStream], Awaitable[Turn]]
+    ) -> None:
+        """Not for users; the turn is opened when the stream is awaited, entered or iterated."""
         self._runner = runner
-        self._news = AsyncNews()
-        self.listener = self._news.tell
+        self._open_turn = open_turn
+        self._news: AsyncNews
         self._is_over = False
-        self._turn: Turn
+        self._turn: Turn | None = None
 
-    def begin(self, turn: Turn) -> AsyncTurnStream:
-        """Not for users."""
-        self._turn = turn
-        return self
+    def __await__(self) -> Generator[Any, None, AsyncTurnStream]:
+        """Opens the turn, so that bad input raises here; returns the stream itself."""
+        return self.__aenter__().__await__()
 
     @property
     def error(self) -> BaseException | None:
         """Why the turn failed; None if it did not."""
-        return self._turn.error
+        return None if self._turn is None else self._turn.error
+
+    def listener(self) -> None:
+        """There is something new: called by whoever steps."""
+        self._news.tell()
 
     async def __anext__(self) -> str:
-        turn = self._turn
+        turn = await self._opened()
         if self._is_over:
             raise StopAsyncIteration
         try:
@@ -135,6 +141,7 @@ class AsyncTurnStream(AsyncIterator[str]):
         raise StopAsyncIteration
 
     async def __aenter__(self) -> AsyncTurnStream:
+        await self._opened()
         return self
 
     async def __aexit__(self, kind: object, *_: object) -> None:
@@ -153,7 +160,17 @@ class AsyncTurnStream(AsyncIterator[str]):
         if self._is_over:
             return
         self._is_over = True
+        if turn is None:
+            return
         if not turn.is_settled:
             await finish(self._runner.submit(turn.cancel))
         if turn.error is not None:
             turn.result()
+
+    async def _opened(self) -> Turn:
+        if self._turn is None:
+            if self._is_over:
+                raise StopAsyncIteration
+            self._news = AsyncNews()  # of the event loop that reads
+            self._turn = await self._open_turn(self)
+        return self._turn
