@@ -147,7 +147,7 @@ class Session:
         the tokens whose text was read stay in the session, the others never happened; if none
         was read, neither message nor reply stay.
         """
-        stream = TurnStream(self._runner)
+        stream = TurnStream(self._runner, self)
         return stream.begin(self._opener(message, max_tokens, sampling, stream)())
 
     async def aturn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:

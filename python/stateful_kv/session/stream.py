@@ -17,12 +17,14 @@ from stateful_kv.session.waiting import AsyncNews, finish, give_up
 class TurnStream(Iterator[str]):
     """Iterator over the text of a running turn; see `Session.stream`."""
 
-    def __init__(self, runner: TurnRunner) -> None:
+    def __init__(self, runner: TurnRunner, session: object) -> None:
         """Not for users. `begin` follows.
 
-        It is there before its turn, so that the turn ends whenever the stream is dropped.
+        It is there before its turn, so that the turn ends whenever the stream is dropped. It keeps
+        the session, which would be closed if it were dropped.
         """
         self._runner = runner
+        self._session = session
         self._news: SimpleQueue[None] = SimpleQueue()
         self.listener = partial(self._news.put, None)
         self._is_over = False

@@ -238,8 +238,10 @@ class Turn:
             blocking: no other task of the thread would run meanwhile.
         """
         reader = self.request.caller
+        stream = None if self.request.reader is None else self.request.reader()
         return (
-            self.has_reader
+            stream is not None
+            and self.has_reader
             and reader.thread == caller.thread
             and (blocking or reader.task is None or reader.task == caller.task)
         )
