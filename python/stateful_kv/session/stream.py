@@ -101,6 +101,7 @@ class AsyncTurnStream(AsyncIterator[str]):
         self._runner = runner
         self._open_turn = open_turn
         self._news: AsyncNews
+        self.listener: Callable[[], None]
         self._is_over = False
         self._turn: Turn | None = None
 
@@ -112,10 +113,6 @@ class AsyncTurnStream(AsyncIterator[str]):
     def error(self) -> BaseException | None:
         """Why the turn failed; None if it did not."""
         return None if self._turn is None else self._turn.error
-
-    def listener(self) -> None:
-        """There is something new: called by whoever steps."""
-        self._news.tell()
 
     async def __anext__(self) -> str:
         turn = await self._opened()
@@ -174,5 +171,6 @@ class AsyncTurnStream(AsyncIterator[str]):
             if self._is_over:
                 raise StopAsyncIteration
             self._news = AsyncNews()  # of the event loop that reads
+            self.listener = self._news.tell  # does not keep the stream, whose end is to be noticed
             self._turn = await self._open_turn(self)
         return self._turn
