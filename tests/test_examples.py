@@ -1,7 +1,8 @@
-"""The example of the README runs, is what the README shows, and says what the engine says."""
+"""The examples run; that of the README is what the README shows and says what the engine says."""
 
 from __future__ import annotations
 
+import asyncio
 import runpy
 from pathlib import Path
 
@@ -34,3 +35,18 @@ def test_the_loop_gives_the_tokens_of_the_engine() -> None:
     tokens, passes = example["generate"](weights, config, pools, table, start, 40)
     assert tokens[len(start) :].tolist() == reply.token_ids
     assert passes <= 40
+
+
+def test_agents_in_asyncio_say_what_each_says_alone() -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "asyncio_agents.py"))
+    with Engine.load("smollm2", kv_tokens=4096) as engine:
+        replies = asyncio.run(example["main"](engine, max_tokens=12))
+        engine.clear_cache()
+        assert replies.keys() == example["TASKS"].keys()
+        for name, message in example["TASKS"].items():
+            with engine.session(system="You are brief and friendly.") as session:
+                for text, reply in zip(
+                    [message, "Say that again in other words."], replies[name], strict=True
+                ):
+                    assert session.turn(text, max_tokens=12).text == reply
+        assert engine.check_integrity() is None

@@ -78,14 +78,14 @@ bool SequenceTable::writes_shared_page(const Sequence& sequence, int64_t n) cons
 int64_t SequenceTable::pages_needed(SequenceId seq, int64_t n) const {
   const Sequence& sequence = find(seq);
   if (n < 0 || n >= kMaxLength - sequence.committed_len) {
-    throw_expected("append: n", "0 <= n and a length below 2^31", n);
+    throw_expected("reserve: n", "0 <= n and a length below 2^31", n);
   }
   const int64_t missing =
       pages_for(sequence.committed_len + n) - static_cast<int64_t>(sequence.pages().size());
   return std::max<int64_t>(missing, 0) + (writes_shared_page(sequence, n) ? 1 : 0);
 }
 
-std::optional<std::vector<PageCopy>> SequenceTable::append(SequenceId seq, int64_t n) {
+std::optional<std::vector<PageCopy>> SequenceTable::reserve(SequenceId seq, int64_t n) {
   const int64_t num_fresh = pages_needed(seq, n);
   Sequence& sequence = find(seq);
   const int64_t new_len = sequence.committed_len + n;

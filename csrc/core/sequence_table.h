@@ -1,12 +1,12 @@
 // Page list and length of every sequence.
 //
 //   tokens   0 ........ committed_len ........ allocated_len
-//            | KV is written | reserved by append, being written |
+//            | KV is written | reserved, being written |
 //   pages    [0, ceil(allocated_len / page_size)), never more
 //
-// A step is: append (reserve) -> write KV -> commit what is to stay. truncate() drops the tail.
-// A fork shares all pages of its parent. The first append to a shared, partly filled page moves
-// the appending sequence to a fresh page and returns the (from, to) pair that the caller must copy
+// A step is: reserve -> write KV -> commit what is to stay. truncate() drops the tail.
+// A fork shares all pages of its parent. The first reservation in a shared, partly filled page moves
+// the writing sequence to a fresh page and returns the (from, to) pair that the caller must copy
 // before it writes; the other holders never notice. So a page with two references is never
 // written. Slot of a token: page_table[i / page_size] * page_size + i % page_size.
 //
@@ -67,22 +67,22 @@ class SequenceTable {
   // Makes the reservation after committed_len exactly n slots (a former one is replaced). Returns
   // the copies to do (none or one), or std::nullopt when the pool has too few free pages.
   // O(pages gained or dropped).
-  std::optional<std::vector<PageCopy>> append(SequenceId seq, int64_t n);
+  std::optional<std::vector<PageCopy>> reserve(SequenceId seq, int64_t n);
 
-  // Fresh pages, copy-on-write included, that append(seq, n) would take from the pool. O(1).
+  // Fresh pages, copy-on-write included, that reserve(seq, n) would take from the pool. O(1).
   int64_t pages_needed(SequenceId seq, int64_t n) const;
 
   // The first n reserved tokens become part of the sequence, the rest of the reservation and its
   // pages are dropped. 0 <= n <= reserved.
   void commit(SequenceId seq, int64_t n);
 
-  // Does for each of the distinct sequences what append(seqs[i], num_tokens[i]) would do, in that
+  // Does for each of the distinct sequences what reserve(seqs[i], num_tokens[i]) would do, in that
   // order, and returns all the copies in that order; at most one for a sequence. Or std::nullopt,
   // with nothing changed, if one of those calls would find too few free pages. So of sequences that
   // share a partly filled page, each but the last holder gets a copy.
   // O(S + pages gained or dropped).
-  std::optional<std::vector<PageCopy>> append_batch(std::span<const SequenceId> seqs,
-                                                    std::span<const int64_t> num_tokens);
+  std::optional<std::vector<PageCopy>> reserve_batch(std::span<const SequenceId> seqs,
+                                                     std::span<const int64_t> num_tokens);
 
   // commit(seqs[i], num_tokens[i]) for each of the distinct sequences; all are checked before one
   // is changed. O(S + pages dropped).
@@ -119,11 +119,11 @@ class SequenceTable {
   BatchShape plan_batch(std::span<const SequenceId> seqs,
                         std::span<const int32_t> query_lens) const;
 
-  // The shape that plan_batch() will return after append_batch() with these lengths; std::nullopt
-  // if append_batch() would return that. So a caller can allocate the arrays before anything
-  // changes. Throws what append_batch() would. O(S + pages dropped).
-  std::optional<BatchShape> plan_append(std::span<const SequenceId> seqs,
-                                        std::span<const int32_t> query_lens) const;
+  // The shape that plan_batch() will return after reserve_batch() with these lengths; std::nullopt
+  // if reserve_batch() would return that. So a caller can allocate the arrays before anything
+  // changes. Throws what reserve_batch() would. O(S + pages dropped).
+  std::optional<BatchShape> plan_reserve(std::span<const SequenceId> seqs,
+                                         std::span<const int32_t> query_lens) const;
 
   // Writes the arrays of a batch that plan_batch() accepted. O(S * M + N).
   void fill_batch(std::span<const SequenceId> seqs, std::span<const int32_t> query_lens,
@@ -162,7 +162,7 @@ class SequenceTable {
   static void require_batch(const char* what, std::span<const SequenceId> seqs, size_t num_values);
   bool writes_shared_page(const Sequence& sequence, int64_t n) const;
   template <typename Count>
-  bool can_append(std::span<const SequenceId> seqs, std::span<const Count> num_tokens) const;
+  bool can_reserve(std::span<const SequenceId> seqs, std::span<const Count> num_tokens) const;
   BatchShape shape_of(std::span<const SequenceId> seqs, std::span<const int32_t> query_lens) const;
   const Sequence& require_reserved(const char* what, SequenceId seq, int64_t n) const;
   void drop_tail(Sequence& sequence, int64_t new_len);

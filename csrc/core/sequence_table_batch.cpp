@@ -27,11 +27,11 @@ void SequenceTable::require_batch(const char* what, std::span<const SequenceId> 
   }
 }
 
-// Whether append() for one sequence after the other would find enough free pages each time. Throws
+// Whether reserve() for one sequence after the other would find enough free pages each time. Throws
 // what the first bad one of those calls would throw.
 template <typename Count>
-bool SequenceTable::can_append(std::span<const SequenceId> seqs,
-                               std::span<const Count> num_tokens) const {
+bool SequenceTable::can_reserve(std::span<const SequenceId> seqs,
+                                std::span<const Count> num_tokens) const {
   for (size_t s = 0; s < seqs.size(); ++s) pages_needed(seqs[s], num_tokens[s]);
   int64_t num_free = pool_.num_free();
   // References that the sequences before would have given up by now.
@@ -60,15 +60,15 @@ bool SequenceTable::can_append(std::span<const SequenceId> seqs,
   return true;
 }
 
-std::optional<std::vector<PageCopy>> SequenceTable::append_batch(
+std::optional<std::vector<PageCopy>> SequenceTable::reserve_batch(
     std::span<const SequenceId> seqs, std::span<const int64_t> num_tokens) {
-  require_batch("append_batch: num_tokens", seqs, num_tokens.size());
-  if (!can_append(seqs, num_tokens)) return std::nullopt;
+  require_batch("reserve_batch: num_tokens", seqs, num_tokens.size());
+  if (!can_reserve(seqs, num_tokens)) return std::nullopt;
   std::vector<PageCopy> copies;
   copies.reserve(seqs.size());
   for (size_t s = 0; s < seqs.size(); ++s) {
-    const auto more = append(seqs[s], num_tokens[s]);
-    SKV_ASSERT(more, "append found fewer free pages than were counted for the batch");
+    const auto more = reserve(seqs[s], num_tokens[s]);
+    SKV_ASSERT(more, "reserve found fewer free pages than were counted for the batch");
     copies.insert(copies.end(), more->begin(), more->end());
   }
   return copies;
@@ -103,10 +103,10 @@ BatchShape SequenceTable::plan_batch(std::span<const SequenceId> seqs,
   return shape_of(seqs, query_lens);
 }
 
-std::optional<BatchShape> SequenceTable::plan_append(std::span<const SequenceId> seqs,
-                                                     std::span<const int32_t> query_lens) const {
+std::optional<BatchShape> SequenceTable::plan_reserve(std::span<const SequenceId> seqs,
+                                                      std::span<const int32_t> query_lens) const {
   require_batch("prepare_batch: query_lens", seqs, query_lens.size());
-  if (!can_append(seqs, query_lens)) return std::nullopt;
+  if (!can_reserve(seqs, query_lens)) return std::nullopt;
   return shape_of(seqs, query_lens);
 }
 

@@ -67,8 +67,8 @@ struct NgramLookupParams {
   int32_t* num_draft;      // [S]
   bool tokens_are_int64;
   int64_t num_sequences;  // S
-  int64_t min_match;      // shortest suffix that counts
-  int64_t max_match;      // longest suffix looked for
+  int64_t min_n;          // shortest suffix that counts
+  int64_t max_n;          // longest suffix looked for
   int64_t max_draft;      // tokens proposed at most
   // [S], or null: the text of sequence s is only the first lengths[s] of its tokens
   const int32_t* lengths = nullptr;

@@ -49,14 +49,16 @@ class SequenceTable:
     def adopt(self, pages: Int32Array, num_tokens: int) -> int:
         """A sequence that already holds num_tokens committed tokens on shared pages."""
 
-    def append(self, seq: int, n: int) -> torch.Tensor | None:
+    def reserve(self, seq: int, n: int) -> torch.Tensor | None:
         """Reserves exactly n slots after the committed tokens.
 
         Returns the page copies to do before writing, int32[C, 2] (from, to), C = 0 or 1; None when
         the pool has too few free pages.
         """
 
-    def append_batch(self, sequence_ids: Int64Array, num_tokens: Int64Array) -> torch.Tensor | None:
+    def reserve_batch(
+        self, sequence_ids: Int64Array, num_tokens: Int64Array
+    ) -> torch.Tensor | None:
         """`append` for each of the distinct sequences, in order, or for none of them.
 
         Returns the page copies to do before writing, int32[C, 2] (from, to), 0 <= C <= S; None when
@@ -109,7 +111,7 @@ class SequenceTable:
         tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
         | None
     ):
-        """`append_batch` and then `fill_batch` for the reserved rows, in one call.
+        """`reserve_batch` and then `fill_batch` for the reserved rows, in one call.
 
         Returns the page copies to do before writing, int32[C, 2] (from, to), and the five arrays of
         `fill_batch`; None when the pool has too few free pages, and nothing has changed.

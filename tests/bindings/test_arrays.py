@@ -155,8 +155,8 @@ def _array_calls() -> dict[str, Callable[[Any], object]]:
         "SequenceTable.replace_prefix: pages": lambda x: table.replace_prefix(seq, x),
         "SequenceTable.fill_batch: sequence_ids": lambda x: table.fill_batch(x, lens),
         "SequenceTable.fill_batch: query_lens": lambda x: table.fill_batch(ids, x),
-        "SequenceTable.append_batch: sequence_ids": lambda x: table.append_batch(x, ids),
-        "SequenceTable.append_batch: num_tokens": lambda x: table.append_batch(ids, x),
+        "SequenceTable.reserve_batch: sequence_ids": lambda x: table.reserve_batch(x, ids),
+        "SequenceTable.reserve_batch: num_tokens": lambda x: table.reserve_batch(ids, x),
         "SequenceTable.commit_batch: sequence_ids": lambda x: table.commit_batch(x, ids),
         "SequenceTable.commit_batch: num_tokens": lambda x: table.commit_batch(ids, x),
         "SequenceTable.prepare_batch: sequence_ids": lambda x: table.prepare_batch(x, lens),
@@ -281,7 +281,7 @@ def test_results_are_fresh_tensors() -> None:
     pool = _C.PagePool(8, 4)
     table = _C.SequenceTable(pool)
     seq = table.create()
-    copies = table.append(seq, 6)
+    copies = table.reserve(seq, 6)
     assert copies.dtype == torch.int32
     assert copies.shape == (0, 2)
     pages = table.page_table(seq)
@@ -290,8 +290,8 @@ def test_results_are_fresh_tensors() -> None:
     assert table.page_table(seq).tolist() == [0, 1]
     table.commit(seq, 6)
     child = table.fork(seq)
-    assert table.append(child, 1).tolist() == [[1, 2]]
-    assert table.append(child, 1000) is None
+    assert table.reserve(child, 1).tolist() == [[1, 2]]
+    assert table.reserve(child, 1000) is None
     ids = torch.tensor([child, seq])
     arrays = table.fill_batch(ids, torch.tensor([1, 0], dtype=torch.int32))
     assert [a.dtype for a in arrays] == [torch.int32] * 4 + [torch.int64]

@@ -21,7 +21,7 @@ def int32(*values: int) -> torch.Tensor:
 
 def make(table: _C.SequenceTable, length: int) -> int:
     seq = table.create()
-    assert table.append(seq, length) is not None
+    assert table.reserve(seq, length) is not None
     table.commit(seq, length)
     return seq
 
@@ -34,23 +34,23 @@ def table() -> _C.SequenceTable:
 def test_append_and_commit(table: _C.SequenceTable) -> None:
     parent = make(table, 6)
     child = table.fork(parent)
-    copies = table.append_batch(int64(child, parent), int64(1, 3))
+    copies = table.reserve_batch(int64(child, parent), int64(1, 3))
     assert copies.dtype == torch.int32
     assert copies.tolist() == [[1, 2]]
     table.commit_batch(np.array([parent, child]), np.array([2, 1]))
     lengths = table.lengths(int64(child, parent, child))
     assert lengths.dtype == torch.int64
     assert lengths.tolist() == [7, 8, 7]
-    assert table.append_batch(int64(), int64()).shape == (0, 2)
+    assert table.reserve_batch(int64(), int64()).shape == (0, 2)
     assert table.lengths(int64()).shape == (0,)
 
 
 def test_no_room_is_none_and_changes_nothing(table: _C.SequenceTable) -> None:
     first, second = make(table, 4), make(table, 4)
-    assert table.append_batch(int64(first, second), int64(4, 24)) is None
+    assert table.reserve_batch(int64(first, second), int64(4, 24)) is None
     assert table.prepare_batch(int64(first, second), int32(4, 24)) is None
     assert [table.num_reserved(seq) for seq in (first, second)] == [0, 0]
-    assert table.append_batch(int64(first, second), int64(4, 20)) is not None
+    assert table.reserve_batch(int64(first, second), int64(4, 20)) is not None
 
 
 def test_prepare_is_append_and_fill(table: _C.SequenceTable) -> None:
@@ -60,7 +60,7 @@ def test_prepare_is_append_and_fill(table: _C.SequenceTable) -> None:
     assert other.fork(make(other, 6)) == child
     ids, lens = int64(child, parent), int32(3, 1)
     copies, *arrays = table.prepare_batch(ids, lens)
-    assert torch.equal(copies, other.append_batch(ids, lens.long()))
+    assert torch.equal(copies, other.reserve_batch(ids, lens.long()))
     expected = other.fill_batch(ids, lens)
     assert [a.dtype for a in arrays] == [a.dtype for a in expected]
     assert [a.tolist() for a in arrays] == [a.tolist() for a in expected]
@@ -81,16 +81,16 @@ def test_has(table: _C.SequenceTable) -> None:
 def test_refusals_change_nothing(table: _C.SequenceTable) -> None:
     first, second, gone = make(table, 3), make(table, 3), table.create()
     table.release(gone)
-    table.append_batch(int64(first, second), int64(2, 2))
+    table.reserve_batch(int64(first, second), int64(2, 2))
     both = int64(first, second)
     calls: list[tuple[type[Exception], Callable[[], object]]] = [
-        (ValueError, lambda: table.append_batch(both, int64(1))),
-        (ValueError, lambda: table.append_batch(int64(first, first), int64(1, 1))),
-        (ValueError, lambda: table.append_batch(both, int64(1, -1))),
-        (ValueError, lambda: table.append_batch(both, int64(1, 2**63 - 1))),
-        (IndexError, lambda: table.append_batch(int64(first, 99), int64(1, 1))),
-        (TypeError, lambda: table.append_batch(both, int32(1, 1))),
-        (TypeError, lambda: table.append_batch([first], int64(1))),  # type: ignore[arg-type]
+        (ValueError, lambda: table.reserve_batch(both, int64(1))),
+        (ValueError, lambda: table.reserve_batch(int64(first, first), int64(1, 1))),
+        (ValueError, lambda: table.reserve_batch(both, int64(1, -1))),
+        (ValueError, lambda: table.reserve_batch(both, int64(1, 2**63 - 1))),
+        (IndexError, lambda: table.reserve_batch(int64(first, 99), int64(1, 1))),
+        (TypeError, lambda: table.reserve_batch(both, int32(1, 1))),
+        (TypeError, lambda: table.reserve_batch([first], int64(1))),  # type: ignore[arg-type]
         (ValueError, lambda: table.commit_batch(both, int64(1, 3))),
         (ValueError, lambda: table.commit_batch(int64(first, gone), int64(1, 0))),
         (ValueError, lambda: table.commit_batch(int64(first, first), int64(1, 1))),

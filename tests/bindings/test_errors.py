@@ -90,7 +90,7 @@ def test_references_are_counted_in_one_pool_only() -> None:
     """Page ids of a larger pool would lie outside the arrays of the smaller."""
     small, large = _C.PagePool(1, 4), _C.PagePool(1000, 4)
     table, tree = _C.SequenceTable(large), _C.RadixTree(large)
-    table.append(table.create(), 4000)
+    table.reserve(table.create(), 4000)
     with pytest.raises(ValueError, match="table: expected pages of the given pool"):
         _C.check_references(small, table, [])
     with pytest.raises(ValueError, match="trees: expected pages of the given pool"):
@@ -116,14 +116,14 @@ def test_objects_cannot_be_pickled() -> None:
 def test_the_pool_outlives_its_users() -> None:
     table = _C.SequenceTable(_C.PagePool(4, 4))
     seq = table.create()
-    assert table.append(seq, 16) is not None
+    assert table.reserve(seq, 16) is not None
     assert table.check_integrity() is None
 
 
 def test_dropping_an_object_returns_its_pages() -> None:
     pool = _C.PagePool(4, 4)
     table, tree = _C.SequenceTable(pool), _C.RadixTree(pool)
-    table.append(table.create(), 4)
+    table.reserve(table.create(), 4)
     pages = pool.allocate(1)
     tree.insert(0, ids(1), pages)
     pool.release(pages)

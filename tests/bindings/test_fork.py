@@ -116,7 +116,7 @@ def test_an_idle_object_can_be_used() -> None:
     seq = table.create()
 
     def check() -> None:
-        assert table.append(seq, 16) is not None
+        assert table.reserve(seq, 16) is not None
         table.release(seq)
         assert pool.num_free() == 4
 

@@ -25,7 +25,7 @@ class SequenceTableBatchTest : public testing::Test {
  protected:
   SequenceId make(int64_t num_tokens) {
     const SequenceId seq = table_.create();
-    EXPECT_TRUE(table_.append(seq, num_tokens));
+    EXPECT_TRUE(table_.reserve(seq, num_tokens));
     table_.commit(seq, num_tokens);
     return seq;
   }
@@ -42,7 +42,7 @@ class SequenceTableBatchTest : public testing::Test {
 TEST_F(SequenceTableBatchTest, AppendsAndCommits) {
   const SequenceId a = make(3);
   const SequenceId b = table_.create();
-  const auto copies = table_.append_batch(Ids{a, b}, Counts{2, 5});
+  const auto copies = table_.reserve_batch(Ids{a, b}, Counts{2, 5});
   ASSERT_TRUE(copies);
   EXPECT_TRUE(copies->empty());
   EXPECT_EQ(table_.num_reserved(a), 2);
@@ -51,7 +51,7 @@ TEST_F(SequenceTableBatchTest, AppendsAndCommits) {
   EXPECT_EQ(table_.length(a), 5);
   EXPECT_EQ(table_.length(b), 1);
   EXPECT_EQ(pool_.num_free(), 5);
-  EXPECT_TRUE(table_.append_batch(Ids{}, Counts{})->empty());
+  EXPECT_TRUE(table_.reserve_batch(Ids{}, Counts{})->empty());
   table_.commit_batch(Ids{}, Counts{});
   expect_clean();
 }
@@ -61,7 +61,7 @@ TEST_F(SequenceTableBatchTest, OfThoseThatShareATailAllButTheLastGetACopy) {
   const SequenceId b = table_.fork(a);
   const SequenceId c = table_.fork(a);
   const PageId tail = pages_of(table_, a)[1];
-  const auto copies = table_.append_batch(Ids{c, a, b}, Counts{1, 1, 1});
+  const auto copies = table_.reserve_batch(Ids{c, a, b}, Counts{1, 1, 1});
   ASSERT_TRUE(copies);
   ASSERT_EQ(copies->size(), 2u);
   EXPECT_EQ((*copies)[0].from, tail);
@@ -78,12 +78,12 @@ TEST_F(SequenceTableBatchTest, TooFewPagesInAllChangesNothing) {
   const SequenceId b = table_.fork(a);
   const SequenceId c = table_.create();
   // One copy for a, b is then the last holder, and five pages remain for c.
-  EXPECT_FALSE(table_.append_batch(Ids{a, b, c}, Counts{1, 1, 21}));
+  EXPECT_FALSE(table_.reserve_batch(Ids{a, b, c}, Counts{1, 1, 21}));
   EXPECT_EQ(pages_of(table_, a), pages_of(table_, b));
   for (const SequenceId seq : {a, b, c}) EXPECT_EQ(table_.num_reserved(seq), 0);
   EXPECT_EQ(pool_.num_free(), 6);
   expect_clean();
-  EXPECT_TRUE(table_.append_batch(Ids{a, b, c}, Counts{1, 1, 20}));
+  EXPECT_TRUE(table_.reserve_batch(Ids{a, b, c}, Counts{1, 1, 20}));
   EXPECT_EQ(pool_.num_free(), 0);
   expect_clean();
 }
@@ -91,10 +91,10 @@ TEST_F(SequenceTableBatchTest, TooFewPagesInAllChangesNothing) {
 TEST_F(SequenceTableBatchTest, PagesOfASmallerReservationServeTheSequencesBehind) {
   const SequenceId a = table_.create();
   const SequenceId b = table_.create();
-  ASSERT_TRUE(table_.append(a, 32));
-  EXPECT_FALSE(table_.append_batch(Ids{b, a}, Counts{4, 1})) << "b comes first";
+  ASSERT_TRUE(table_.reserve(a, 32));
+  EXPECT_FALSE(table_.reserve_batch(Ids{b, a}, Counts{4, 1})) << "b comes first";
   EXPECT_EQ(table_.num_reserved(a), 32);
-  EXPECT_TRUE(table_.append_batch(Ids{a, b}, Counts{1, 28}));
+  EXPECT_TRUE(table_.reserve_batch(Ids{a, b}, Counts{1, 28}));
   expect_clean();
 }
 
@@ -104,7 +104,7 @@ TEST_F(SequenceTableBatchTest, BadBatchesThrowAndChangeNothing) {
   const SequenceId gone = table_.create();
   table_.release(gone);
   constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();
-  const auto append = [&](Ids seqs, Counts counts) { table_.append_batch(seqs, counts); };
+  const auto append = [&](Ids seqs, Counts counts) { table_.reserve_batch(seqs, counts); };
   EXPECT_THROW(append({a, b}, {1}), std::invalid_argument);
   EXPECT_THROW(append({a, a}, {1, 1}), std::invalid_argument);
   EXPECT_THROW(append({a, b}, {1, -1}), std::invalid_argument);
@@ -116,7 +116,7 @@ TEST_F(SequenceTableBatchTest, BadBatchesThrowAndChangeNothing) {
   EXPECT_EQ(table_.num_reserved(a), 0);
   EXPECT_EQ(table_.num_reserved(b), 0);
 
-  ASSERT_TRUE(table_.append_batch(Ids{a, b}, Counts{2, 2}));
+  ASSERT_TRUE(table_.reserve_batch(Ids{a, b}, Counts{2, 2}));
   const auto commit = [&](Ids seqs, Counts counts) { table_.commit_batch(seqs, counts); };
   EXPECT_THROW(commit({a, b}, {1}), std::invalid_argument);
   EXPECT_THROW(commit({a, a}, {1, 1}), std::invalid_argument);
@@ -136,16 +136,16 @@ TEST_F(SequenceTableBatchTest, PlanAppendForeseesTheShape) {
   const SequenceId b = table_.create();
   const Ids seqs{a, b};
   const std::vector<int32_t> lens{4, 1};
-  const auto shape = table_.plan_append(seqs, lens);
+  const auto shape = table_.plan_reserve(seqs, lens);
   ASSERT_TRUE(shape);
   EXPECT_EQ(table_.num_reserved(a), 0) << "a question";
-  ASSERT_TRUE(table_.append_batch(seqs, Counts{4, 1}));
+  ASSERT_TRUE(table_.reserve_batch(seqs, Counts{4, 1}));
   const BatchShape real = table_.plan_batch(seqs, lens);
   EXPECT_EQ(shape->num_rows, real.num_rows);
   EXPECT_EQ(shape->max_pages, real.max_pages);
-  EXPECT_FALSE(table_.plan_append(seqs, std::vector<int32_t>{4, 1000}));
-  EXPECT_THROW(table_.plan_append(seqs, std::vector<int32_t>{4, -1}), std::invalid_argument);
-  EXPECT_THROW(table_.plan_append(Ids{a, a}, lens), std::invalid_argument);
+  EXPECT_FALSE(table_.plan_reserve(seqs, std::vector<int32_t>{4, 1000}));
+  EXPECT_THROW(table_.plan_reserve(seqs, std::vector<int32_t>{4, -1}), std::invalid_argument);
+  EXPECT_THROW(table_.plan_reserve(Ids{a, a}, lens), std::invalid_argument);
 }
 
 TEST(SequenceTableBatch, MoreRowsThanInt32IsRefusedBeforeAnythingChanges) {
@@ -153,7 +153,7 @@ TEST(SequenceTableBatch, MoreRowsThanInt32IsRefusedBeforeAnythingChanges) {
   SequenceTable table(pool);
   const Ids seqs{table.create(), table.create()};
   const std::vector<int32_t> lens(2, std::numeric_limits<int32_t>::max());
-  EXPECT_THROW(table.plan_append(seqs, lens), std::out_of_range);
+  EXPECT_THROW(table.plan_reserve(seqs, lens), std::out_of_range);
   EXPECT_EQ(pool.num_free(), 4);
 }
 
@@ -236,11 +236,11 @@ class BatchAndSingles {
     for (size_t i = 0; i < seqs.size(); ++i) counts.push_back(random_() % 6);
     std::vector<Pages> before;
     for (const SequenceId seq : live_) before.push_back(pages_of(table_, seq));
-    const auto copies = table_.append_batch(seqs, counts);
+    const auto copies = table_.reserve_batch(seqs, counts);
     std::vector<PageCopy> expected;
     bool has_room = true;
     for (size_t i = 0; i < seqs.size() && has_room; ++i) {
-      const auto more = singles_.append(seqs[i], counts[i]);
+      const auto more = singles_.reserve(seqs[i], counts[i]);
       has_room = more.has_value();
       if (more) expected.insert(expected.end(), more->begin(), more->end());
     }

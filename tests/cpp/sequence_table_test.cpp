@@ -28,7 +28,7 @@ class SequenceTableTest : public testing::Test {
  protected:
   SequenceId make(int64_t num_tokens) {
     const SequenceId seq = table_.create();
-    EXPECT_TRUE(table_.append(seq, num_tokens));
+    EXPECT_TRUE(table_.reserve(seq, num_tokens));
     table_.commit(seq, num_tokens);
     return seq;
   }
@@ -49,7 +49,7 @@ class SequenceTableTest : public testing::Test {
 TEST_F(SequenceTableTest, AppendReservesAndCommitTrims) {
   const SequenceId seq = table_.create();
   EXPECT_EQ(table_.pages_needed(seq, 9), 3);
-  const auto copies = table_.append(seq, 9);
+  const auto copies = table_.reserve(seq, 9);
   ASSERT_TRUE(copies);
   EXPECT_TRUE(copies->empty());
   EXPECT_EQ(table_.length(seq), 0);
@@ -66,12 +66,12 @@ TEST_F(SequenceTableTest, AppendReservesAndCommitTrims) {
 
 TEST_F(SequenceTableTest, AppendReplacesTheReservation) {
   const SequenceId seq = make(3);
-  ASSERT_TRUE(table_.append(seq, 12));
+  ASSERT_TRUE(table_.reserve(seq, 12));
   EXPECT_EQ(table_.num_pages(seq), 4);
-  ASSERT_TRUE(table_.append(seq, 2));
+  ASSERT_TRUE(table_.reserve(seq, 2));
   EXPECT_EQ(table_.num_reserved(seq), 2);
   EXPECT_EQ(table_.num_pages(seq), 2);
-  ASSERT_TRUE(table_.append(seq, 0));
+  ASSERT_TRUE(table_.reserve(seq, 0));
   EXPECT_EQ(table_.num_pages(seq), 1);
   expect_clean();
 }
@@ -80,10 +80,10 @@ TEST_F(SequenceTableTest, TooFewPagesChangesNothing) {
   const SequenceId seq = make(6);
   const SequenceId child = table_.fork(seq);
   EXPECT_EQ(table_.pages_needed(child, 26), 7);
-  EXPECT_FALSE(table_.append(child, 26)) << "6 free pages";
+  EXPECT_FALSE(table_.reserve(child, 26)) << "6 free pages";
   EXPECT_EQ(table_.num_reserved(child), 0);
   EXPECT_EQ(pages(child), pages(seq));
-  EXPECT_TRUE(table_.append(child, 22)) << "one copy and five fresh pages";
+  EXPECT_TRUE(table_.reserve(child, 22)) << "one copy and five fresh pages";
   expect_clean();
 }
 
@@ -93,7 +93,7 @@ TEST_F(SequenceTableTest, ForkSharesAndTheWriterMoves) {
   const SequenceId child = table_.fork(parent);
   EXPECT_EQ(pages(child), before);
   EXPECT_EQ(pool_.num_free(), 6);
-  const auto copies = table_.append(child, 1);
+  const auto copies = table_.reserve(child, 1);
   ASSERT_TRUE(copies);
   ASSERT_EQ(copies->size(), 1u);
   EXPECT_EQ(copies->front().from, before[1]);
@@ -102,7 +102,7 @@ TEST_F(SequenceTableTest, ForkSharesAndTheWriterMoves) {
   EXPECT_EQ(pages(child)[0], before[0]);
   EXPECT_EQ(pages(parent), before);
   table_.commit(child, 1);
-  EXPECT_TRUE(table_.append(parent, 1)->empty()) << "the last holder writes in place";
+  EXPECT_TRUE(table_.reserve(parent, 1)->empty()) << "the last holder writes in place";
   expect_clean();
 }
 
@@ -110,7 +110,7 @@ TEST_F(SequenceTableTest, NoCopyAtAPageBorder) {
   const SequenceId parent = make(8);
   const SequenceId child = table_.fork(parent);
   EXPECT_EQ(table_.pages_needed(child, 1), 1);
-  EXPECT_TRUE(table_.append(child, 1)->empty());
+  EXPECT_TRUE(table_.reserve(child, 1)->empty());
   expect_clean();
 }
 
@@ -121,7 +121,7 @@ TEST_F(SequenceTableTest, TruncateThenAppendHasTheShapeOfNever) {
   table_.truncate(seq, 0);
   EXPECT_EQ(table_.num_pages(seq), 0);
   EXPECT_EQ(pool_.num_free(), 8);
-  ASSERT_TRUE(table_.append(seq, 4));
+  ASSERT_TRUE(table_.reserve(seq, 4));
   table_.truncate(seq, 0);
   EXPECT_EQ(table_.num_reserved(seq), 0);
   expect_clean();
@@ -161,8 +161,8 @@ TEST_F(SequenceTableTest, AdoptAndReplacePrefix) {
 TEST_F(SequenceTableTest, BadCallsThrowAndChangeNothing) {
   const SequenceId seq = make(6);
   const Pages before = pages(seq);
-  EXPECT_THROW(table_.append(seq, -1), std::invalid_argument);
-  EXPECT_THROW(table_.append(seq, int64_t{1} << 62), std::invalid_argument);
+  EXPECT_THROW(table_.reserve(seq, -1), std::invalid_argument);
+  EXPECT_THROW(table_.reserve(seq, int64_t{1} << 62), std::invalid_argument);
   EXPECT_THROW(table_.commit(seq, 1), std::invalid_argument);
   EXPECT_THROW(table_.commit(seq, -1), std::invalid_argument);
   EXPECT_THROW(table_.truncate(seq, 7), std::invalid_argument);
@@ -176,7 +176,7 @@ TEST_F(SequenceTableTest, BadCallsThrowAndChangeNothing) {
   EXPECT_THROW(table_.replace_prefix(seq, Pages{before[1]}), std::invalid_argument);
   EXPECT_EQ(pages(seq), before);
   expect_clean();
-  ASSERT_TRUE(table_.append(seq, 1));
+  ASSERT_TRUE(table_.reserve(seq, 1));
   EXPECT_THROW(table_.fork(seq), std::invalid_argument) << "reserved slots";
   table_.release(seq);
   EXPECT_THROW(table_.release(seq), std::invalid_argument);
@@ -189,8 +189,8 @@ TEST_F(SequenceTableTest, BadCallsThrowAndChangeNothing) {
 TEST_F(SequenceTableTest, FillBatch) {
   const SequenceId a = make(5);
   const SequenceId b = table_.create();
-  ASSERT_TRUE(table_.append(a, 2));
-  ASSERT_TRUE(table_.append(b, 1));
+  ASSERT_TRUE(table_.reserve(a, 2));
+  ASSERT_TRUE(table_.reserve(b, 1));
   const std::vector<SequenceId> seqs{a, b};
   const std::vector<int32_t> lens{2, 1};
   const BatchShape shape = table_.plan_batch(seqs, lens);
@@ -216,7 +216,7 @@ TEST_F(SequenceTableTest, FillBatch) {
 TEST_F(SequenceTableTest, DestructionReleases) {
   {
     SequenceTable other(pool_);
-    other.append(other.create(), 13);
+    other.reserve(other.create(), 13);
     EXPECT_EQ(pool_.num_free(), 4);
   }
   EXPECT_EQ(pool_.num_free(), 8);
@@ -236,7 +236,7 @@ TEST_F(SequenceTableTest, RandomOperationsStayClean) {
         const int64_t length = table_.length(seq);
         const int64_t needed = table_.pages_needed(seq, n);
         const int64_t num_free = pool_.num_free();
-        const auto copies = table_.append(seq, n);
+        const auto copies = table_.reserve(seq, n);
         ASSERT_EQ(copies.has_value(), needed <= num_free);
         if (copies) table_.commit(seq, random() % static_cast<uint64_t>(n + 1));
         ASSERT_GE(table_.length(seq), length);
@@ -282,7 +282,7 @@ TEST_F(SequenceTableTest, FindsPlantedBugs) {
   list.push_back(5);
   expect_problem("page count");
   list.pop_back();
-  ASSERT_TRUE(table_.append(seq, 1));
+  ASSERT_TRUE(table_.reserve(seq, 1));
   pool_.retain(Pages{page});
   expect_problem("reserved for writing but shared");
   EXPECT_TRUE(check_references(pool_, &table_, {})) << "a reference that nobody owns";

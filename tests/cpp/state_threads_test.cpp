@@ -54,7 +54,7 @@ TEST(StateThreads, OneMutexIsEnough) {
       tree.touch(match);
       const std::vector<SequenceId> seqs{seq, table.fork(seq)};
       const std::vector<int64_t> rest(2, size - match.num_tokens);
-      if (!table.append_batch(seqs, rest)) {
+      if (!table.reserve_batch(seqs, rest)) {
         tree.evict(32);
       } else {
         table.commit_batch(seqs, rest);
@@ -85,7 +85,7 @@ TEST(StateThreads, ObjectsMoveFromThreadToThread) {
   std::thread([&] {
     table = std::make_unique<SequenceTable>(pool);
     seq = table->create();
-    ASSERT_TRUE(table->append(seq, 5));
+    ASSERT_TRUE(table->reserve(seq, 5));
     table->commit(seq, 5);
   }).join();
   std::thread([&] {

@@ -24,22 +24,43 @@ WORDS = ("alpha ", "beta ", "alpha beta ", "gamma")
 MAX_TOKENS_HELD = 240
 
 
+Calls = list[tuple[Callable[[Session], object], list[int]]]
+
+
 @dataclass
 class Story:
-    """What was done with a session, and its tokens after each of these calls."""
+    """What was done with a session, and its tokens after each of these calls.
+
+    Attributes:
+        session: the session.
+        calls: those since it had no tokens the last time.
+        chapters: those before that.
+    """
 
     session: Session
-    calls: list[tuple[Callable[[Session], object], list[int]]] = field(default_factory=list)
+    calls: Calls = field(default_factory=list)
+    chapters: list[Calls] = field(default_factory=list)
 
     def add(self, call: Callable[[Session], object]) -> None:
+        """Writes down a call that has been made."""
         self.calls.append((call, self.session.token_ids))
+        if not self.calls[-1][1]:
+            self.chapters.append(self.calls)
+            self.calls = []
 
-    def check_alone(self, engine: Engine) -> None:
-        """Tells the story again; every call must give the same tokens."""
-        with engine.session(system=SYSTEM) as session:
-            for number, (call, tokens) in enumerate(self.calls):
-                call(session)
-                assert session.token_ids == tokens, f"call {number} of {self.session}"
+    @property
+    def token_ids(self) -> list[int]:
+        """Those after the last call."""
+        return self.calls[-1][1] if self.calls else []
+
+    def check_alone(self, engine: Engine) -> int:
+        """Tells the story again; every call must give the same tokens. Returns their number."""
+        for calls in (*self.chapters, self.calls):
+            with engine.session(system=SYSTEM) as session:
+                for number, (call, tokens) in enumerate(calls):
+                    call(session)
+                    assert session.token_ids == tokens, f"call {number} of {self.session}"
+        return sum(map(len, (*self.chapters, self.calls)))
 
 
 class Agent:
@@ -90,7 +111,7 @@ class Agent:
     def _note_starved(self, story: Story) -> None:
         self.num_starved += 1
         assert not story.session.is_busy
-        assert story.session.token_ids == (story.calls[-1][1] if story.calls else [])
+        assert story.session.token_ids == story.token_ids
 
     def _act_at_once(self, story: Story) -> bool:
         """Perhaps something else than a turn."""
@@ -182,7 +203,7 @@ class Agent:
             except asyncio.CancelledError:
                 self.num_cancelled += 1
                 assert not session.is_busy
-                assert session.token_ids == (story.calls[-1][1] if story.calls else [])
+                assert session.token_ids == story.token_ids
                 return
             story.add(lambda session: session.turn(text, **settings))
         else:

@@ -373,7 +373,7 @@ class TestFaults:
         [
             (Scheduler, "open"),
             (Scheduler, "register"),
-            (Scheduler, "conduct"),
+            (Scheduler, "run_turns"),
             (Scheduler, "step"),
             (Owner, "run"),
             (Session, "_make_request"),
@@ -384,7 +384,7 @@ class TestFaults:
             (KVCache, "commit"),
             (Turn, "of"),
             (Turn, "begin"),
-            (Turn, "close_books"),
+            (Turn, "settle"),
             (SessionState, "truncate"),
         ],
     )

@@ -25,6 +25,8 @@ from tests.e2e.interrupting import Interrupter, Point
 from tests.e2e.tiny import COSTS, ByteTokenizer, Provenance, oracle_token
 
 State = tuple[tuple[int, ...], int, bool]
+# Every point instead of some: about twenty minutes; for who changes how the engine ends turns.
+thorough = pytest.mark.skipif("SKV_ALL_INTERRUPTS" not in os.environ, reason="takes long")
 FOLLOW_UP = "and then?"
 SAMPLING = {"ignore_eos": True}
 
@@ -486,21 +488,21 @@ def test_an_interrupt_of_who_waits_for_the_thread(name: str) -> None:
     sweep_twice(name, 3, 3, is_threaded=True)
 
 
-@pytest.mark.slow
+@thorough
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CASES)
 def test_an_interrupt_at_every_point(name: str) -> None:
     sweep(name, 10**9)
 
 
-@pytest.mark.slow
+@thorough
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CASES)
 def test_two_interrupts_at_many_points(name: str) -> None:
     sweep_twice(name, 40, 25)
 
 
-@pytest.mark.slow
+@thorough
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CASES)
 def test_interrupts_of_who_waits_at_many_points(name: str) -> None:

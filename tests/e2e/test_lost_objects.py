@@ -71,8 +71,8 @@ class TestDropped:
             (Ledger, "append"),
             (Ledger, "truncate"),
             (Ledger, "end_turn"),
-            (SessionState, "store"),
-            (Turn, "close_books"),
+            (SessionState, "insert"),
+            (Turn, "settle"),
         ],
     )
     @pytest.mark.usefixtures("no_collection")

@@ -43,7 +43,7 @@ class SequenceMachine(RuleBasedStateMachine):
         seq = self.chosen(index)
         before = {other: self.pages(other) for other in self.model}
         needed, free = self.table.pages_needed(seq, n), self.pool.num_free()
-        copies = self.table.append(seq, n)
+        copies = self.table.reserve(seq, n)
         assert (copies is None) == (needed > free)
         assert all(self.pages(other) == before[other] for other in self.model if other != seq)
         if copies is None:

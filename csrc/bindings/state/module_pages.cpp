@@ -94,19 +94,19 @@ py::tuple fill_batch(TableObject& self, py::handle sequence_ids, py::handle quer
   return py::make_tuple(out.page_table, out.seq_lens, out.query_offsets, out.positions, out.slots);
 }
 
-std::optional<at::Tensor> append(TableObject& self, SequenceId seq, int64_t n) {
+std::optional<at::Tensor> reserve(TableObject& self, SequenceId seq, int64_t n) {
   Entry entry(self.busy, self.pool->busy);
-  const auto copies = self.core.append(seq, n);
+  const auto copies = self.core.reserve(seq, n);
   if (!copies) return std::nullopt;
   return copies_to_tensor(*copies);
 }
 
-std::optional<at::Tensor> append_batch(TableObject& self, py::handle sequence_ids,
-                                       py::handle num_tokens) {
-  const IntArray ids(sequence_ids, "SequenceTable.append_batch: sequence_ids");
-  const IntArray counts(num_tokens, "SequenceTable.append_batch: num_tokens");
+std::optional<at::Tensor> reserve_batch(TableObject& self, py::handle sequence_ids,
+                                        py::handle num_tokens) {
+  const IntArray ids(sequence_ids, "SequenceTable.reserve_batch: sequence_ids");
+  const IntArray counts(num_tokens, "SequenceTable.reserve_batch: num_tokens");
   Entry entry(self.busy, self.pool->busy);
-  const auto copies = self.core.append_batch(ids.int64(), counts.int64());
+  const auto copies = self.core.reserve_batch(ids.int64(), counts.int64());
   if (!copies) return std::nullopt;
   return copies_to_tensor(*copies);
 }
@@ -118,18 +118,18 @@ void commit_batch(TableObject& self, py::handle sequence_ids, py::handle num_tok
   self.core.commit_batch(ids.int64(), counts.int64());
 }
 
-// append_batch and fill_batch in one call.
+// reserve_batch and fill_batch in one call.
 std::optional<py::tuple> prepare_batch(TableObject& self, py::handle sequence_ids,
                                        py::handle query_lens) {
   const IntArray ids(sequence_ids, "SequenceTable.prepare_batch: sequence_ids");
   const IntArray lens(query_lens, "SequenceTable.prepare_batch: query_lens");
   const std::vector<int64_t> num_tokens(lens.int32().begin(), lens.int32().end());
   Entry entry(self.busy, self.pool->busy);
-  const auto shape = self.core.plan_append(ids.int64(), lens.int32());
+  const auto shape = self.core.plan_reserve(ids.int64(), lens.int32());
   if (!shape) return std::nullopt;
   BatchTensors out(ids.size(), *shape);
-  const auto copies = self.core.append_batch(ids.int64(), num_tokens);
-  SKV_ASSERT(copies, "append_batch found fewer free pages than plan_append");
+  const auto copies = self.core.reserve_batch(ids.int64(), num_tokens);
+  SKV_ASSERT(copies, "reserve_batch found fewer free pages than plan_reserve");
   self.core.fill_batch(ids.int64(), lens.int32(), *shape, out.arrays());
   return py::make_tuple(copies_to_tensor(*copies), out.page_table, out.seq_lens, out.query_offsets,
                         out.positions, out.slots);
@@ -180,7 +180,7 @@ void bind_sequence_table(py::module_& module) {
             return self.core.adopt(ids.int32(), num_tokens);
           },
           py::arg("pages"), py::arg("num_tokens"))
-      .def("append", &append, seq, py::arg("n"))
+      .def("reserve", &reserve, seq, py::arg("n"))
       .def("pages_needed", of_sequence_and_int<&Table::pages_needed>(), seq, py::arg("n"))
       .def("commit", of_sequence_and_int<&Table::commit>(), seq, py::arg("n"))
       .def("truncate", of_sequence_and_int<&Table::truncate>(), seq, py::arg("length"))
@@ -212,7 +212,7 @@ void bind_sequence_table(py::module_& module) {
           },
           seq)
       .def("lengths", &lengths, py::arg("sequence_ids"))
-      .def("append_batch", &append_batch, py::arg("sequence_ids"), py::arg("num_tokens"))
+      .def("reserve_batch", &reserve_batch, py::arg("sequence_ids"), py::arg("num_tokens"))
       .def("commit_batch", &commit_batch, py::arg("sequence_ids"), py::arg("num_tokens"))
       .def("fill_batch", &fill_batch, py::arg("sequence_ids"), py::arg("query_lens"))
       .def("prepare_batch", &prepare_batch, py::arg("sequence_ids"), py::arg("query_lens"))

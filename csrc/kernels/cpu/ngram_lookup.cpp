@@ -21,12 +21,11 @@ struct Occurrence {
 
 // The most recent earlier occurrence of the longest matching suffix.
 template <typename Token>
-Occurrence find_occurrence(const Token* text, int64_t length, int64_t min_match,
-                           int64_t max_match) {
+Occurrence find_occurrence(const Token* text, int64_t length, int64_t min_n, int64_t max_n) {
   Occurrence best;
-  int64_t to_beat = min_match - 1;
-  for (int64_t end = length - 1; end > to_beat && to_beat < max_match; --end) {
-    const int64_t matched = common_ending(text, end, length, std::min(max_match, end));
+  int64_t to_beat = min_n - 1;
+  for (int64_t end = length - 1; end > to_beat && to_beat < max_n; --end) {
+    const int64_t matched = common_ending(text, end, length, std::min(max_n, end));
     if (matched > to_beat) {
       to_beat = matched;
       best = {end, matched};
@@ -44,7 +43,7 @@ void look_up(const NgramLookupParams& params, int64_t sequence) {
   int32_t* draft = params.draft_ids + sequence * params.max_draft;
 
   int64_t num_draft = 0;
-  const Occurrence found = find_occurrence(text, length, params.min_match, params.max_match);
+  const Occurrence found = find_occurrence(text, length, params.min_n, params.max_n);
   if (found.length > 0) {
     const int64_t period = length - found.end;
     const bool overlaps = period < found.length;

@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
   for (int64_t end = threadIdx.x + 1; end < length; end += kThreads) {
     if (text[end - 1] != last) continue;
-    const int64_t limit = end < params.max_match ? end : params.max_match;
+    const int64_t limit = end < params.max_n ? end : params.max_n;
     const int64_t matched = common_ending(text, end, length, limit);
-    if (matched >= params.min_match) best = max(best, make_occurrence(matched, end));
+    if (matched >= params.min_n) best = max(best, make_occurrence(matched, end));
   }
   best = block_max(best);
 
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t ngram_lookup(const NgramLookupParams& params, cudaStream_t stream) {
-  if (!fits_grid(params.num_sequences) || params.min_match < 1 ||
-      params.max_match < params.min_match || params.max_draft < 0) {
+  if (!fits_grid(params.num_sequences) || params.min_n < 1 || params.max_n < params.min_n ||
+      params.max_draft < 0) {
     return cudaErrorInvalidValue;
   }
   if (params.num_sequences == 0) return cudaSuccess;

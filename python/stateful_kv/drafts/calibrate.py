@@ -128,12 +128,12 @@ def fingerprint(model: Model) -> str | None:
 
 
 def measure(model: Model, kv_dtype: str, page_size: int, max_rows: int, device: str) -> CostCurve:
-    """Times passes of 1 to `max_rows` rows, without context and behind one.
+    """Times passes of 1 to `max_rows` rows, without context and with some.
 
     A model whose longest context is shorter than that gets no more rows than it has positions.
-    Uses a small cache of its own. All points take turns, forwards and backwards, so that a drift
-    of the machine hits them alike. Each gets the least of its times: what else the machine does
-    only ever adds. Rounds end with `BUDGET_S`; a model so slow
+    Uses a small cache of its own. All points are timed in rounds, forwards and backwards, so that
+    a machine that gets slower or faster affects them alike. Each gets the least of its times,
+    since other work of the machine only adds to them. Rounds end after `BUDGET_S`; a model so slow
     that one round takes longer is measured once.
     """
     scratch = _Scratch(model, kv_dtype, page_size, max_rows, device)
@@ -142,7 +142,7 @@ def measure(model: Model, kv_dtype: str, page_size: int, max_rows: int, device: 
     context = scratch.context
     if context:
         passes += [scratch.batch(count, context) for count in (rows[0], rows[-1])]
-    # The first pass is also the last of a round: even one round shows whether times repeat.
+    # The first pass also ends each round: so even one round shows whether times repeat.
     times = list(zip(*_rounds(model, scratch.cache, [*passes, passes[0]]), strict=True))
     times[0] += times.pop()
     least = [min(point) for point in times]
@@ -219,7 +219,8 @@ class _Scratch:
     def _fill(self, pattern: torch.Tensor) -> None:
         """Writes float32[B] to the vectors of each page, all numbers of a vector alike.
 
-        Memory that was never written is one page of zeros, which no cache ever misses.
+        Memory that was never written is one physical page of zeros, so it would always be in the
+        CPU's cache.
         """
         pools = (self.cache.k, self.cache.k_scales), (self.cache.v, self.cache.v_scales)
         for pool, scales in pools:
@@ -247,7 +248,7 @@ class _Scratch:
 
 
 def _shape_name(config: ModelConfig) -> str:
-    """For people: what the fingerprint stands for."""
+    """A short name of the model's shape, for people."""
     return f"{config.architecture} {config.num_layers}x{config.hidden_size}"
 
 

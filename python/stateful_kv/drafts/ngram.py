@@ -1,6 +1,6 @@
 """Drafts from a session's own text: prompt lookup in an n-gram index.
 
-Proposes what followed the last time the text's latest tokens occurred.
+Proposes the tokens that followed the last time that the text's newest tokens occurred.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class NgramDrafter:
         return draft.first(self.policy.draft_len(draft.match_len, len(draft), context, load))
 
     def observe(self, draft: Draft, num_accepted: int) -> None:
-        """Learns what became of a draft."""
+        """Learns how many tokens of a verified draft were accepted."""
         self.policy.observe(draft.match_len, len(draft), num_accepted)
 
     def truncate(self, length: int) -> None:
@@ -62,7 +62,7 @@ class NgramDrafter:
 def propose_all(
     drafters: Sequence[NgramDrafter], tokens: Sequence[TokenArray], limits: Sequence[int]
 ) -> list[Draft]:
-    """What each of these distinct drafters proposes, all of them in one call of the extension.
+    """The drafts of several distinct drafters, by one call of the extension.
 
     Args:
         drafters: S of them.

@@ -19,8 +19,8 @@ class _Matches:
     Attributes:
         acceptance: the estimate of p.
         probe_every: a draft that should not pay is tried at every so many opportunities.
-        num_skipped: opportunities without a draft since the last one.
-        is_probing: the draft that is out is such a try.
+        num_skipped: opportunities without a draft since the last draft.
+        is_probing: the last draft is such a try.
     """
 
     acceptance: float
@@ -65,8 +65,8 @@ class DraftPolicy:
         self._short = _Matches(0.5, self.PROBE_EVERY)
         self._long = _Matches(0.8, self.PROBE_EVERY)
         self._account_s: float | None = None
-        self._token_s = 0.0  # what an accepted token of the draft that is out saves
-        self._extra_s = 0.0  # what that draft costs
+        self._token_s = 0.0  # seconds that an accepted token of the last draft saves
+        self._extra_s = 0.0  # seconds that draft costs
 
     def acceptance(self, match_len: int) -> float:
         """The estimate of p for drafts that follow a match of this length."""

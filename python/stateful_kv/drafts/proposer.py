@@ -41,7 +41,7 @@ class StepLoad(NamedTuple):
 
     Attributes:
         num_sequences: sequences that decode in it, the draft's own included.
-        num_rows: rows it has without the draft: of these, of drafts before it, of prompts.
+        num_rows: rows it has without the draft: pending tokens, drafts planned before it, prompts.
     """
 
     num_sequences: int
@@ -55,11 +55,11 @@ class Drafter(Protocol):
     """Proposes tokens of one session, and learns what became of them."""
 
     def propose(self, tokens: TokenArray, limit: int) -> Draft:
-        """What may follow.
+        """Returns tokens that may follow; often none.
 
         Args:
-            tokens: int32[T], all tokens of the session; those proposed behind before are a
-                beginning of it, unless `truncate` was called since.
+            tokens: int32[T], all tokens of the session. They begin with those of the last call,
+                unless `truncate` was called since.
             limit: longest draft.
         """
         ...
@@ -75,7 +75,7 @@ class Drafter(Protocol):
         ...
 
     def observe(self, draft: Draft, num_accepted: int) -> None:
-        """Learns how much of a draft that was verified agreed."""
+        """Learns how many tokens of a verified draft were accepted."""
         ...
 
     def truncate(self, length: int) -> None:

@@ -11,8 +11,8 @@ from stateful_kv.types import TokenArray
 def admissible(turns: Sequence[Turn]) -> Iterator[Turn]:
     """Yields the queued turns that may get a sequence now; the caller admits each at once.
 
-    A turn whose prompt begins like the one an earlier turn is computing right now waits until
-    that part is in the tree, so nothing is computed twice.
+    An earlier turn may be computing a prompt that begins with the same tokens. Then the later turn
+    waits until that part is in the tree, so that it is computed once.
     """
     for index, turn in enumerate(turns):
         if turn.phase is TurnPhase.QUEUED and not _must_wait(turn, turns[:index]):

@@ -75,9 +75,9 @@ class RowPlan:
 class Planner:
     """Shares the rows of a step among the running turns.
 
-    Decode rows come first, so a long prompt never stops the others; one row is left for prompts
-    when there are any. Drafts take what the decode rows leave. The rest is shared evenly among
-    the prompts. When there are more turns than rows they take turns.
+    Pending tokens come first, so a long prompt never stops the others; one row is left for
+    prompts when there are any. Drafts take what the pending tokens leave, and prompts share the
+    rest evenly. When there are more turns than rows, another one begins the list in each step.
     """
 
     def __init__(self, max_batch_tokens: int) -> None:
@@ -124,7 +124,7 @@ class Planner:
 
 @traced("draft")
 def propose(turns: Sequence[Turn], max_draft: int) -> list[Draft]:
-    """What may follow in each of these turns; one whose drafter raises fails.
+    """What may follow in each of these turns; a turn whose drafter raises an error fails.
 
     Args:
         turns: decoding ones.
@@ -141,7 +141,7 @@ def propose(turns: Sequence[Turn], max_draft: int) -> list[Draft]:
         try:
             found = dict(zip(map(id, drafting), propose_all(indexed, tokens, limits), strict=True))
             return [found.get(id(turn), NO_DRAFT) for turn in turns]
-        except Exception:  # whose fault it is, the loop below finds
+        except Exception:  # the loop below finds the turn whose fault it is
             pass
     drafts: dict[int, Draft] = {}
     for turn, text, limit in zip(drafting, tokens, limits, strict=True):

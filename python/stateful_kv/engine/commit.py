@@ -1,7 +1,7 @@
-"""Commit: makes what steps gave part of sessions and cache; the only place where lengths move.
+"""Commit: makes what steps gave part of turns and cache; the only place where sequences grow.
 
-A plain step has one outcome for each turn, several steps taken at once have several; both end
-here. What is raised for one turn ends that turn; the others go on.
+A plain step has one outcome for each turn, a multi-step has several; both end here. An error of
+one turn ends that turn; the others go on.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def commit(
         cache: where the KV was written.
         rows: what each turn fed in the first of its steps; in each further step it fed the last
             token of the step before, and drafts.
-        outcomes: of each turn, step by step. A step behind the one that ended the reply never
-            happened.
+        outcomes: of each turn, step by step. Steps behind the one that ended the reply are
+            ignored.
 
     Returns:
         How many steps of each turn counted.
@@ -36,17 +36,18 @@ def commit(
     for row, steps in zip(rows, outcomes, strict=True):
         num_taken = 0
         turn = row.turn
-        turn.is_accepting = True
+        turn.is_taking = True
         try:
-            num_taken, num = _accept(row, steps)
+            num_taken, num = _take_tokens(row, steps)
             num_steps.append(num)
         except Exception as error:
             num_steps.append(0)
             turn.fail(error)
-        turn.is_accepting = False
+        turn.is_taking = False
         if turn.error is None:
-            # All that was fed but the draft has KV, and so have accepted draft tokens; the last
-            # chosen token never has any yet. Where no step counted nothing was fed.
+            # Tokens of the ledger that were fed have KV now, and so have the tokens that were
+            # taken, but for the last: it is chosen and not fed yet. If no step counted, the KV
+            # that was written is ignored.
             if row.num_logit_rows == 0:
                 kept.append((row, row.num_new))
             elif num_taken:
@@ -67,7 +68,7 @@ def end_steps(
     forward_s: Sequence[float],
     host_s: float,
 ) -> None:
-    """Writes committed steps into receipts and closes the books of turns that they ended.
+    """Counts committed steps in receipts and settles turns whose replies they ended.
 
     Args:
         turns: those of the steps; of one that failed nothing is written.
@@ -84,13 +85,13 @@ def end_steps(
         turn.count_steps(num_steps=num, num_prompt_rows=num_rows, forward_s=seconds, host_s=host_s)
         if turn.is_finished and not turn.has_reader:
             try:
-                turn.close_books()
+                turn.settle()
             except Exception as error:
                 turn.fail(error)
 
 
-def _accept(row: RowPlan, steps: Sequence[Outcome]) -> tuple[int, int]:
-    """Adds the tokens of each step until one ends the reply; returns tokens and steps taken."""
+def _take_tokens(row: RowPlan, steps: Sequence[Outcome]) -> tuple[int, int]:
+    """Gives the turn the tokens of each step until one ends its reply; counts tokens and steps."""
     turn = row.turn
     num_taken = 0
     num_steps = 0
@@ -98,25 +99,25 @@ def _accept(row: RowPlan, steps: Sequence[Outcome]) -> tuple[int, int]:
     for outcome in steps:
         if row.num_logit_rows == 0:
             return 0, 1
-        taken = turn.accept(outcome.tokens) if outcome.tokens else 0
-        num_taken += taken
+        num_now = turn.take(outcome.tokens) if outcome.tokens else 0
+        num_taken += num_now
         if outcome.error is not None and not turn.is_finished:
             raise outcome.error
-        if not taken:
-            break  # none can be chosen; a plain step finds that again and says why
+        if not num_now:
+            break  # no token can be chosen; a plain step will find that again and say why
         num_steps += 1
         turn.receipt.drafted_tokens += outcome.num_drafted
-        turn.receipt.accepted_tokens += min(taken, outcome.num_accepted)
+        turn.receipt.accepted_tokens += min(num_now, outcome.num_accepted)
         if len(draft) and turn.state.drafter is not None:
             turn.state.drafter.observe(draft.first(outcome.num_drafted), outcome.num_accepted)
-        draft = draft.first(0)  # the drafts of further steps are none of the drafter's
+        draft = draft.first(0)  # drafts of further steps were found on the device
         if turn.is_finished:
             break
     return num_taken, num_steps
 
 
 def _commit_kv(cache: KVCache, kept: Sequence[tuple[RowPlan, int]]) -> list[RowPlan]:
-    """Moves the lengths of sequences; returns the rows for which that could be done."""
+    """Commits KV, of all rows at once or else of each alone; returns the rows that succeeded."""
     if not kept:
         return []
     try:
@@ -129,16 +130,15 @@ def _commit_kv(cache: KVCache, kept: Sequence[tuple[RowPlan, int]]) -> list[RowP
     return [row for item in kept for row in _commit_kv(cache, [item])]
 
 
-@traced("share")
 def _share_prompt(row: RowPlan) -> None:
-    """Makes prompt tokens matchable for other sessions as soon as they have KV."""
+    """Gives prompt tokens that have KV now to the prefix tree, for other sessions to match."""
     turn, state = row.turn, row.turn.state
     try:
         if turn.phase is TurnPhase.EXTENDING:
-            state.store()
+            state.insert()
             if row.num_logit_rows:
                 turn.phase = TurnPhase.DECODING
         if row.num_logit_rows and turn.has_just_started_session:
-            state.share_tail()
+            state.insert_tail_copy()
     except Exception as error:
         turn.fail(error)

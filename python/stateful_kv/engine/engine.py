@@ -249,8 +249,8 @@ class Engine:
         if len({id(session) for session in sessions}) < len(sessions):
             raise InvalidRequestError("gather: a session occurs twice")
         for session in sessions:
-            session._require_host(self._scheduler)
-        opened = self._scheduler.conduct(
+            session._require_runner(self._scheduler)
+        opened = self._scheduler.run_turns(
             [session._opener(message, max_tokens, sampling) for session, message in items]
         )
         outcomes = [session._outcome(turn) for session, turn in zip(sessions, opened, strict=True)]

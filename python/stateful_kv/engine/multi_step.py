@@ -1,8 +1,8 @@
 """Multi-step: several decode steps on the device before the host looks at what they gave.
 
-Room for the steps is reserved, the device takes them, and then they are committed like as many
-plain steps. Where that cannot be done, or fails, the next step is a plain one; no length moved
-before that.
+Pages for the steps are reserved, the device takes them, and then they are committed like as many
+plain steps. Where that cannot be done, or fails, a plain step is taken instead: no length has
+moved by then.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from stateful_kv.system.tracing import span, traced
 class MultiStep:
     """Advances running turns, by several steps at once where that can be done.
 
-    A turn that is still computing its prompt takes plain steps, and all others take part in
-    those; between two of them the turns that decode take several steps at once. So neither
-    holds up the other for longer than one such round.
+    A turn that is still computing its prompt takes plain steps, together with all others; between
+    two of them the turns that decode take several steps at once. So neither kind waits longer
+    than for one step, or one multi-step, of the other.
 
     Attributes:
-        num_syncs: how often several steps were taken and looked at.
+        num_syncs: multi-steps taken so far.
         loop: what takes them.
     """
 
-    MAX_PAUSE = 1024  # plain steps between attempts that fail one after the other
+    MAX_PAUSE = 1024  # most plain steps between two attempts that fail
 
     def __init__(
         self, stepper: Stepper, model: Model, cache: KVCache, config: EngineConfig
@@ -76,7 +76,7 @@ class MultiStep:
         self._stepper.step(running)
 
     def _take_steps(self, turns: Sequence[Turn]) -> bool:
-        """Takes several steps; False if none was taken or counted: then no length has moved."""
+        """Takes several steps; False if none counted, then no length has moved."""
         began_at = time.perf_counter()
         max_draft = self._draft_len(turns)
         if max_draft is None:
@@ -102,7 +102,7 @@ class MultiStep:
         self.num_syncs += 1
         self._stepper.num_steps += 1
         if any(steps and not steps[-1].tokens for steps in outcomes):
-            # Logits from which nothing can follow: a plain step finds them again and says why.
+            # Logits from which no token can be chosen: a plain step finds them again and says why.
             self._num_plain = max(self._num_plain, 1)
         num_taken = commit(self._cache, [row.plan for row in rows], outcomes)
         end_steps(
@@ -115,7 +115,7 @@ class MultiStep:
         return any(num_taken)
 
     def _draft_len(self, turns: Sequence[Turn]) -> int | None:
-        """Tokens to draft at most in each step of all; None if there are too many turns."""
+        """The longest draft of a turn in each step; None if there are too many turns."""
         num_sequences = rounded_up(len(turns))
         if num_sequences > MAX_SEQUENCES:
             return None
@@ -128,9 +128,8 @@ class MultiStep:
     def _reserve(self, turns: Sequence[Turn], max_draft: int) -> list[LoopRow]:
         """Makes room for the steps; returns nothing where there is not even room for one.
 
-        The next token of each turn may take KV from sessions at rest, as in a plain step. What
-        comes behind it is a guess, since a reply may end at any token: it takes free pages and
-        cached ones.
+        For the next token of each turn sequences at rest may be evicted, as in a plain step. For
+        the tokens behind it, which may never come, only free and cached pages are taken.
         """
         try:
             for turn in turns:
@@ -151,7 +150,7 @@ class MultiStep:
         state = turn.state
         can_draft = max_draft > 0 and state.drafter is not None
         most = min(self._max_steps * (max_draft + 1 if can_draft else 1), turn.num_left)
-        # What is left of the page that the next token goes to is there already.
+        # The rest of the page that the next token goes to is reserved already.
         left_in_page = self._cache.page_size - state.committed_len % self._cache.page_size
         num_reserved = 1
         for num_tokens in (most, min(most, self._max_steps), min(most, left_in_page)):
@@ -181,15 +180,15 @@ class MultiStep:
 
 
 def _can_loop(turn: Turn) -> bool:
-    """Whether the device can go on alone: penalties need the host, and so do tokens without KV."""
+    """Whether the device can go on alone: penalties and further tokens without KV need the host."""
     has_pending_only = turn.state.committed_len == len(turn.state.ledger) - 1
     return has_pending_only and not turn.sampler.params.has_penalties
 
 
 def _num_steps(rows: Sequence[LoopRow]) -> int:
-    """Steps until every reply has ended or one has no room left.
+    """Steps until every reply must have ended, or some sequence has no room left.
 
-    No sequence takes more steps than the one with the least room.
+    All take the same number of steps: as many as the sequence with the least room.
     """
     rooms = [(row.kv_limit - row.start + 1, row.num_left) for row in rows]
     ends = [num_left for room, num_left in rooms]

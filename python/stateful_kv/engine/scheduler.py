@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Scheduler:
-    """Hosts the sessions of one engine; see `session.host.Host`.
+    """Runs the turns of one engine; see `session.runner.TurnRunner`.
 
     Attributes:
         owner: runs the operations.
@@ -78,14 +78,14 @@ class Scheduler:
         """Runs what was posted, if the calling thread can: before state is looked at."""
         self.owner.catch_up()
 
-    def conduct(self, openers: Sequence[Callable[[], Turn]]) -> list[Turn | Exception]:
+    def run_turns(self, openers: Sequence[Callable[[], Turn]]) -> list[Turn | Exception]:
         """Opens turns and returns when all of them are settled.
 
         If that is interrupted, none of them ever happened.
         """
         opened: list[Turn | Exception] = []
         is_counted = self.owner.is_inline()
-        self.owner.num_conducting += is_counted
+        self.owner.num_waiting += is_counted
         try:
             for opener in openers:
                 try:
@@ -100,7 +100,7 @@ class Scheduler:
                 self._give_up(turn, error)
             raise
         finally:
-            self.owner.num_conducting -= is_counted
+            self.owner.num_waiting -= is_counted
             del opened  # or an error in it would keep this frame, and this the error
 
     def wait_for_news(self, news: SimpleQueue[None]) -> None:
@@ -175,7 +175,7 @@ class Scheduler:
             if turn is None or not turn.has_reader:
                 return False
             turn.cancel()
-        state.store(with_partial_page=True)
+        state.insert(with_partial_page=True)
         state.drop_kv()
         self.sessions = [other for other in self.sessions if other is not state]
         state.is_closed = True
@@ -250,7 +250,7 @@ class Scheduler:
     @property
     def is_tidy(self) -> bool:
         """Whether somebody waits for each turn."""
-        if self.owner.num_conducting or self.owner.is_threaded:
+        if self.owner.num_waiting or self.owner.is_threaded:
             return True
         return all(turn.has_reader for turn in self.turns)
 
@@ -280,7 +280,7 @@ class Scheduler:
         for turn in self.turns:
             if turn.is_settled:
                 turn.announce()  # it may have been cut off in the middle of that
-            elif turn.is_accepting or turn.error is not None or not turn.has_reader:
+            elif turn.is_taking or turn.error is not None or not turn.has_reader:
                 turn.fail(error)
         for state in self.sessions:
             state.repair()

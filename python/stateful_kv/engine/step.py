@@ -1,7 +1,7 @@
 """One engine step: admit turns, plan rows, reserve pages, forward, verify, commit.
 
-Lengths move only in commit, so whatever goes wrong before leaves every session as it was. What
-is raised for one turn ends that turn; the others go on.
+Lengths move only in commit, so an error before it leaves every session as it was. An error of one
+turn ends that turn; the others go on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stateful_kv.system.tracing import span, traced
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass: its rows, what they need to choose tokens, its duration."""
+    """One forward pass: its rows, the logits or greedy tokens it gave, its duration."""
 
     rows: Sequence[RowPlan]
     output: torch.Tensor | GreedyTokens
@@ -76,7 +76,7 @@ class Stepper:
 
     @traced("reserve")
     def _reserve(self, rows: list[RowPlan]) -> tuple[list[RowPlan], BatchPages | None]:
-        """Makes room for each row; where there is none, first its draft goes, then its turn.
+        """Makes room for each row; without room a row loses its draft, or its turn fails.
 
         Returns:
             The rows that have room, and where their KV goes.
@@ -100,8 +100,8 @@ class Stepper:
     def _has_room_for_prompt(self, row: RowPlan) -> bool:
         """A prompt must fit as a whole beside the running turns; else its turn fails.
 
-        So a prompt that is computed in several steps and cannot be finished takes nothing from
-        others. A reply takes a page at a time, since it may end at any token.
+        Else a prompt that is computed in several steps could take pages from others and then not
+        be finished. A reply takes a page at a time, since it may end at any token.
         """
         if row.num_prompt_rows == 0:
             return True
@@ -114,9 +114,9 @@ class Stepper:
             return False
 
     def _reserve_row(self, row: RowPlan) -> RowPlan | None:
-        """Makes room for one row, at the cost of cached prefixes and of sessions at rest.
+        """Makes room for one row, if need be by evicting cached prefixes and sequences at rest.
 
-        A draft is a guess, so it takes no KV from sessions at rest.
+        A draft may be refused, so sequences at rest are not evicted for it.
         """
         try:
             try:
@@ -136,7 +136,7 @@ class Stepper:
         return None
 
     def _forward(self, rows: Sequence[RowPlan], pages: BatchPages | None) -> list[_Pass]:
-        """Computes the rows in one pass; if that fails, one by one, to find whose fault it is."""
+        """Computes the rows in one pass; if that fails, each alone, to find those at fault."""
         began_at = time.perf_counter()
         try:
             with torch.inference_mode():
@@ -153,12 +153,14 @@ class Stepper:
             return []
 
     def _run_model(self, rows: Sequence[RowPlan], batch: Batch) -> torch.Tensor | GreedyTokens:
-        """Logits only if some row needs more of them than the largest; on the model's device."""
+        """Logits, on the model's device; or only the largest of each row, if no row needs more."""
         if all(row.sampler.is_plain_greedy for row in rows if row.num_logit_rows):
             ids, values = self._model.forward_top_k(batch, self._cache, 1)
             return GreedyTokens(*to_host([ids[:, 0], values[:, 0]]))
         logits = self._model.forward(batch, self._cache)
-        synchronize(self._cache.device)  # the time of the pass is not that of choosing tokens
+        synchronize(
+            self._cache.device
+        )  # else the time of the pass would be counted as that of choosing
         return logits
 
 
@@ -184,6 +186,6 @@ def _verify(forward: _Pass) -> list[Outcome]:
     asking = [row for row in forward.rows if row.num_logit_rows]
     try:
         chosen = iter(verify(asking, forward.output) if asking else [])
-    except Exception as error:  # the output as a whole is not what was asked for
+    except Exception as error:  # the output has another shape than was asked for
         chosen = iter([Outcome([], error=error) for _ in asking])
     return [next(chosen) if row.num_logit_rows else NOTHING_CHOSEN for row in forward.rows]

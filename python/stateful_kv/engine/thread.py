@@ -118,7 +118,7 @@ class Owner:
     """Runs every operation on an engine's state, one after the other.
 
     Attributes:
-        num_conducting: calls of the thread that does the work itself which wait for turns.
+        num_waiting: calls of the thread that does the work itself which wait for turns.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -133,9 +133,7 @@ class Owner:
         self._thread: threading.Thread | None = None
         self._is_stopped = False  # no thread is started any more
         self._is_dirty = False  # an operation was cut off and nobody has recovered yet
-        self.num_conducting = 0
-        # When Python ends, `_stop_all` ends the thread: it also waits for it.
-        weakref.finalize(self, self._inbox.put, None).atexit = False
+        self.num_waiting = 0
         _owners.add(self)
 
     @property
@@ -177,6 +175,8 @@ class Owner:
             daemon=True,
         ).start()
         is_up.wait()
+        # When Python ends, `_stop_all` ends the thread: it also waits for it.
+        weakref.finalize(self, self._inbox.put, None).atexit = False
         self.post(lambda: None)  # streams that are open go on
 
     def _take_over(self) -> bool:
@@ -261,7 +261,7 @@ class Owner:
         self._refuse_within()
         with self._lock:
             if _exiting_thread and _exiting_thread != get_ident():
-                raise _PythonEnds
+                raise SystemExit  # ends a daemon thread without a word
             self._inside = get_ident()
             try:
                 if self._is_dirty:
@@ -319,7 +319,10 @@ class Owner:
         while True:
             # Only what is there already: callers that never pause must not keep turns from going on
             for _ in range(self._inbox.qsize()):
-                next_posted = self._inbox.get()
+                try:
+                    next_posted = self._inbox.get_nowait()
+                except Empty:
+                    break
                 if next_posted is None:  # `stop`: again, for the loop that waits for it
                     self._inbox.put(None)
                     return
@@ -336,9 +339,9 @@ class Owner:
             except Exception as error:
                 failure = error
                 self.run(lambda: self._worker.fail_all(failure))
-        except _PythonEnds:
-            raise
         except BaseException:
+            if _exiting_thread:
+                raise
             _log.exception("the engine's thread goes on after")
 
     def _hold_for_fork(self) -> bool:
@@ -350,7 +353,6 @@ class Owner:
         self._start_lock = threading.Lock()
         self._thread = None
         left, self._inbox = self._inbox, SimpleQueue()
-        weakref.finalize(self, self._inbox.put, None).atexit = False
         while not left.empty():
             posted = left.get_nowait()
             if isinstance(posted, _Posted) and not posted.has_caller:
@@ -367,7 +369,7 @@ class Owner:
             self._is_dirty = self._is_dirty or self._inside != 0
             self._inside = 0
         if self._home != get_ident():
-            self._home = self.num_conducting = 0
+            self._home = self.num_waiting = 0
 
 
 def _serve(
@@ -388,10 +390,6 @@ def _serve(
             return
         alive._serve(posted)
         del posted, alive, worker
-
-
-class _PythonEnds(SystemExit):
-    """Ends, without a word, a daemon thread that calls an engine while the interpreter ends."""
 
 
 @atexit.register
@@ -417,7 +415,9 @@ class _Forks:
 
     def before(self) -> None:
         self._lock.acquire()
-        self._held = [owner for owner in list(_owners) if owner._hold_for_fork()]
+        for owner in list(_owners):
+            if owner._hold_for_fork():
+                self._held.append(owner)
 
     def after_in_parent(self) -> None:
         while self._held:

@@ -82,7 +82,7 @@ class KVCache:
         """Whether the sequence was neither released nor evicted."""
         return sequence_id in self._lengths
 
-    def length(self, sequence_id: int) -> int:
+    def committed_len(self, sequence_id: int) -> int:
         """Tokens of the sequence that have KV; 0 if it is gone."""
         return self._lengths.get(sequence_id, 0)
 
@@ -151,13 +151,13 @@ class KVCache:
         Raises:
             OutOfPagesError: all that may be given up is not enough; nothing changed.
         """
-        if self._append(sequence_id, num_tokens):
+        if self._reserve_if_free(sequence_id, num_tokens):
             return
         self.check_room(sequence_id, num_tokens, from_resting=from_resting)
-        while not self._append(sequence_id, num_tokens):
+        while not self._reserve_if_free(sequence_id, num_tokens):
             wanted = self._table.pages_needed(sequence_id, num_tokens)
             short = max(1, wanted - self._pool.num_free())
-            if self._eviction.cached_prefixes(short) < short:
+            if self._eviction.evict_prefixes(short) < short:
                 resting = self._eviction.next_at_rest() if from_resting else None
                 if resting is None:
                     raise self._out_of_pages(wanted)
@@ -271,7 +271,7 @@ class KVCache:
         Returns:
             How many tokens the tree now has of this sequence.
         """
-        length = self.length(sequence_id)
+        length = self.committed_len(sequence_id)
         num_full = length // self.page_size
         count = length if with_partial_page else num_full * self.page_size
         if count == 0:
@@ -291,16 +291,16 @@ class KVCache:
         The sequence goes on writing into its own page. The copy belongs to the tree alone, so it
         can be evicted at once; nothing happens where no page is free or evictable for it.
         """
-        length = self.length(sequence_id)
+        length = self.committed_len(sequence_id)
         tokens = tokens[:length]
         if length % self.page_size == 0 or self.match_len(tokens, root) == length:
             return
-        if self._pool.num_free() == 0 and self._eviction.cached_prefixes(1) == 0:
+        if self._pool.num_free() == 0 and self._eviction.evict_prefixes(1) == 0:
             return
         # The first write of a fork copies the shared page; the fork itself is not kept.
         fork = self.fork(sequence_id)
         try:
-            if self._append(fork, 1):
+            if self._reserve_if_free(fork, 1):
                 pages = self._table.page_table(fork)[: length // self.page_size + 1]
                 self._tree.insert(self._roots[root], tokens, pages)
         finally:
@@ -326,10 +326,10 @@ class KVCache:
             or _C.check_references(self._pool, self._table, [self._tree])
         )
 
-    def _append(self, sequence_id: int, num_tokens: int) -> bool:
+    def _reserve_if_free(self, sequence_id: int, num_tokens: int) -> bool:
         """Reserves tokens where enough pages are free."""
         self._copying = (sequence_id,)
-        copies = self._table.append(sequence_id, num_tokens)
+        copies = self._table.reserve(sequence_id, num_tokens)
         if copies is not None:
             self._copy(copies)
         self._copying = ()

@@ -1,9 +1,9 @@
-"""Who gives up pages when there are too few, in which order: the one place that decides it.
+"""Frees pages when there are too few; the only place that decides who gives them up.
 
 Pages that only the prefix tree holds go first, the least recently used ones before others. If
-that is not enough, sequences at rest are released, in the order of an `EvictionPolicy`. What goes
-is not lost: a session computes it again from its ledger when it needs it. Sequences that a running
-turn works on are never touched.
+that is not enough, sequences at rest are released, in the order of an `EvictionPolicy`. No text is
+lost: a session computes its KV again from its ledger when it needs it. Sequences that a running
+turn works on are never released.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Eviction:
         self._table = table
         self._tree = tree
 
-    def cached_prefixes(self, num_pages: int) -> int:
+    def evict_prefixes(self, num_pages: int) -> int:
         """Frees pages that only the tree holds, at most so many; returns how many were freed."""
         return self._tree.evict(num_pages)
 
@@ -103,7 +103,7 @@ class Eviction:
         return wanted - self._is_tail_shared_with(sequence_id, resting) <= room
 
     def _is_tail_shared_with(self, sequence_id: int, resting: Sequence[int]) -> bool:
-        """Whether sequences at rest, and nothing else, share the last page, not a full one."""
+        """Whether the partly filled last page is shared, and only with sequences at rest."""
         length, page_size = self._table.length(sequence_id), self._pool.page_size()
         if length % page_size == 0:
             return False

@@ -46,7 +46,7 @@ def make_pools(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
         device: where they lie.
 
     Raises:
-        InvalidRequestError: that fails; it names the size.
+        InvalidRequestError: there is not so much memory; the message names the size.
     """
     num_pages, page_size = shape[1], shape[3]
     num_bytes = 2 * math.prod(shape) * dtype.itemsize
@@ -54,7 +54,7 @@ def make_pools(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
         num_bytes += 2 * math.prod(shape[:-1]) * torch.float32.itemsize
     size = f"a KV pool of {num_pages} pages of {page_size} tokens ({num_bytes} bytes)"
     limit = _physical_memory() if device.type == "cpu" else free_memory(device)
-    # Checked first: memory is promised freely, and the process killed when it is written to.
+    # Checked first: systems promise more memory than they have, and kill who writes to it.
     if limit is not None and num_bytes > limit:
         where = "memory" if device.type == "cpu" else f"the free memory of {device}"
         raise InvalidRequestError(

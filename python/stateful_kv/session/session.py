@@ -20,9 +20,9 @@ from stateful_kv.errors import (
     SessionClosedError,
     require_type,
 )
-from stateful_kv.session.host import Host
 from stateful_kv.session.ledger import TurnRecord
 from stateful_kv.session.receipts import Reply
+from stateful_kv.session.runner import TurnRunner
 from stateful_kv.session.state import SessionState
 from stateful_kv.session.stream import AsyncTurnStream, TurnStream
 from stateful_kv.session.turn import Basis, Turn, TurnRequest, busy_error, current_caller
@@ -48,7 +48,7 @@ class Session:
 
     def __init__(
         self,
-        host: Host,
+        runner: TurnRunner,
         tokenizer: Tokenizer,
         state: SessionState,
         *,
@@ -57,13 +57,13 @@ class Session:
         sampling: SamplingParams,
     ) -> None:
         """Not for users: see `Engine.session`."""
-        self._host = host
+        self._runner = runner
         self._tokenizer = tokenizer
         self._state = state
         self._system = system
         self._tools = tools
         self._sampling = sampling
-        host.watch(self, state)
+        runner.watch(self, state)
 
     def __repr__(self) -> str:
         return f"<Session {self.name!r}: {self.num_turns} turns, {self.num_tokens} tokens>"
@@ -136,7 +136,7 @@ class Session:
             SessionBusyError: the stream of another turn of this session is open.
             SessionClosedError: the session or its engine is closed.
         """
-        return self._collect(*self._host.conduct([self._opener(message, max_tokens, sampling)]))
+        return self._collect(*self._runner.run_turns([self._opener(message, max_tokens, sampling)]))
 
     def stream(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> TurnStream:
         """Like `turn`, as an iterator over pieces of the reply's text.
@@ -146,7 +146,7 @@ class Session:
         the tokens whose text was read stay in the session, the others never happened; if none
         was read, neither message nor reply stay.
         """
-        stream = TurnStream(self._host, self)
+        stream = TurnStream(self._runner, self)
         return stream.begin(self._opener(message, max_tokens, sampling, stream)())
 
     async def aturn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
@@ -156,21 +156,24 @@ class Session:
         try:
             await wait_for(turn.settled)
         except BaseException as error:
-            await give_up(self._host, lambda: turn.withdraw(asyncio.CancelledError()), error)
+            await give_up(self._runner, lambda: turn.withdraw(asyncio.CancelledError()), error)
             raise
         return self._collect(turn)
 
-    async def astream(
-        self, message: Messages, max_tokens: int = 256, **sampling: Any
-    ) -> AsyncTurnStream:
-        """Like `stream`, for asyncio: `async for piece in await session.astream(...)`.
+    def astream(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> AsyncTurnStream:
+        """Like `stream`, for asyncio: `async for piece in session.astream(...)`.
 
-        A task that is cancelled while it waits for a piece ends the turn within one step: it
-        never was. `aclose` ends it early like `TurnStream.close`.
+        The turn is opened by the first piece that is asked for, by `async with`, or by awaiting
+        the stream (`stream = await session.astream(...)`): there bad input raises. A task that is
+        cancelled while it waits for a piece ends the turn within one step: it never was. `aclose`
+        ends it early like `TurnStream.close`.
         """
-        self._state.last_reply = None
-        stream = AsyncTurnStream(self._host, self)
-        return stream.begin(await self._open_async(message, max_tokens, sampling, stream))
+
+        async def open_turn(stream: AsyncTurnStream) -> Turn:
+            self._state.last_reply = None
+            return await self._open_async(message, max_tokens, sampling, stream)
+
+        return AsyncTurnStream(self._runner, open_turn)
 
     def fork(self, name: str | None = None) -> Session:
         """Returns an independent session with the same past; shares KV, copies none."""
@@ -208,12 +211,12 @@ class Session:
 
         A stream that is open ends as if it were closed; a `turn` of another thread ends first.
         """
-        while not self._state.is_closed and not self._host.perform(self._close):
-            self._host.wait_until_idle(self._state)
+        while not self._state.is_closed and not self._runner.perform(self._try_to_close):
+            self._runner.wait_until_idle(self._state)
 
     def _settled_state(self) -> SessionState:
         """The state, after streams that were dropped have ended."""
-        self._host.catch_up()
+        self._runner.catch_up()
         return self._state
 
     def _opener(
@@ -232,17 +235,17 @@ class Session:
         def open_request(request: TurnRequest) -> Turn | None:
             opened: list[Turn | None] = []
             try:
-                self._host.perform(lambda: opened.append(self._host.open(request)))
+                self._runner.perform(lambda: opened.append(self._runner.open(request)))
             except Exception:
                 raise
             except BaseException:
-                self._host.post(partial(_withdraw, opened))
+                self._runner.post(partial(_withdraw, opened))
                 raise
             return opened[0]
 
         def open_turn() -> Turn:
             while True:
-                self._host.wait_until_idle(self._state)
+                self._runner.wait_until_idle(self._state)
                 turn = open_request(self._make_request(message, max_tokens, sampling, stream))
                 if turn is not None:
                     return turn
@@ -257,7 +260,7 @@ class Session:
         stream: AsyncTurnStream | None,
     ) -> Turn:
         while True:
-            other = self._host.running_turn(self._state)
+            other = self._runner.running_turn(self._state)
             if other is not None and other.is_read_by(current_caller(), blocking=False):
                 raise busy_error(self._state)
             if other is not None:
@@ -268,7 +271,7 @@ class Session:
                 return turn
 
     async def _submit_async(self, request: TurnRequest) -> Turn | None:
-        opened = self._host.submit(lambda: self._host.open(request))
+        opened = self._runner.submit(lambda: self._runner.open(request))
         try:
             await wait_for(opened)
         except BaseException as error:
@@ -279,7 +282,7 @@ class Session:
                 if turn is not None:
                     turn.withdraw(asyncio.CancelledError())
 
-            await give_up(self._host, withdraw, error)
+            await give_up(self._runner, withdraw, error)
             raise
         return opened.result()
 
@@ -294,8 +297,8 @@ class Session:
                 results.append(operation())
             return bool(results)
 
-        while not self._host.perform(attempt):
-            self._host.wait_until_idle(self._state)
+        while not self._runner.perform(attempt):
+            self._runner.wait_until_idle(self._state)
         return results[0]
 
     def _fork(self, name: str | None) -> Session:
@@ -309,28 +312,28 @@ class Session:
             root=state.root,
         )
         session = Session(
-            self._host,
+            self._runner,
             self._tokenizer,
             child,
             system=self._system,
             tools=self._tools,
             sampling=self._sampling,
         )
-        self._host.register(child)
+        self._runner.register(child)
         if has_kv:
             assert state.sequence_id is not None
-            child.num_stored = state.num_stored
+            child.num_inserted = state.num_inserted
             child.sequence_id = state.cache.fork(state.sequence_id)
             child.rest()
         return session
 
-    def _close(self) -> bool:
+    def _try_to_close(self) -> bool:
         """An operation; False if another thread's turn has to end first."""
-        return self._state.is_closed or self._host.close_session(self._state)
+        return self._state.is_closed or self._runner.close_session(self._state)
 
-    def _require_host(self, host: Host) -> None:
-        """Raises InvalidRequestError unless the session belongs to `host`."""
-        if self._host is not host:
+    def _require_runner(self, runner: TurnRunner) -> None:
+        """Raises InvalidRequestError unless the session belongs to `runner`."""
+        if self._runner is not runner:
             raise InvalidRequestError(f"session {self.name!r}: it belongs to another engine")
 
     def _collect(self, opened: Turn | Exception) -> Reply:
@@ -367,8 +370,8 @@ class Session:
         params = self._sampling_for(sampling)
         basis, tokens = Basis.of(state), state.ledger.tokens
         delta = self._render(as_messages(message), tokens)
-        length, context_len = basis.length + len(delta), self._host.context_len
-        _check_delta(delta, self._host.vocab_size)
+        length, context_len = basis.length + len(delta), self._runner.context_len
+        _check_delta(delta, self._runner.vocab_size)
         if length >= context_len:
             raise ContextLengthError(
                 f"session {self.name!r}: a prompt of {length} tokens ({basis.length} before "
@@ -389,7 +392,7 @@ class Session:
             delta=delta,
             max_tokens=max_tokens,
             context_len=context_len,
-            sampler=Sampler(params, seed, self._host.vocab_size, prompt),
+            sampler=Sampler(params, seed, self._runner.vocab_size, prompt),
             stops=StopRules(self._tokenizer.stream_decoder(), stop_ids, params.stop),
             began_at=began_at,
             reader=None if stream is None else weakref.ref(stream),
@@ -404,9 +407,9 @@ class Session:
             except (TypeError, ValueError) as error:
                 raise InvalidRequestError(f"sampling: {error}") from error
         for token in params.stop_token_ids:
-            if token >= self._host.vocab_size:
+            if token >= self._runner.vocab_size:
                 raise InvalidRequestError(
-                    f"stop_token_ids: expected ids below {self._host.vocab_size}, got {token}"
+                    f"stop_token_ids: expected ids below {self._runner.vocab_size}, got {token}"
                 )
         return params
 

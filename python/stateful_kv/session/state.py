@@ -27,7 +27,7 @@ class SessionState:
         drafter: proposes tokens; None when drafting is off.
         root: with which sessions it may share KV.
         sequence_id: the session's sequence; None, or gone, while its KV is dropped.
-        num_stored: tokens of this sequence the prefix tree has been given.
+        num_inserted: tokens of this sequence the prefix tree has been given.
         last_reply: of the last turn; None if that failed or still runs.
         is_busy: a turn runs.
         is_closed: no turn may start any more.
@@ -39,7 +39,7 @@ class SessionState:
     drafter: Drafter | None
     root: RootKey = DEFAULT_ROOT
     sequence_id: int | None = None
-    num_stored: int = 0
+    num_inserted: int = 0
     last_reply: Reply | None = None
     is_busy: bool = False
     is_closed: bool = False
@@ -53,7 +53,7 @@ class SessionState:
     def committed_len(self) -> int:
         """Tokens of the ledger that have KV."""
         sequence_id = self.sequence_id  # once: another thread may look at this at any time
-        return 0 if sequence_id is None else self.cache.length(sequence_id)
+        return 0 if sequence_id is None else self.cache.committed_len(sequence_id)
 
     def bind(self) -> None:
         """Makes sure there is a sequence: its own, or a new one on the longest cached prefix.
@@ -65,7 +65,7 @@ class SessionState:
         if self.sequence_id is not None and self.cache.has(self.sequence_id):
             self.cache.wake(self.sequence_id)
             return
-        self.num_stored = 0
+        self.num_inserted = 0
         tokens = self.ledger.tokens[:-1]
         self.sequence_id, length = self.cache.match_and_adopt(tokens, self.root)
         if length % self.cache.page_size:
@@ -80,26 +80,26 @@ class SessionState:
         if self.sequence_id is not None:
             self.cache.rest(self.sequence_id)
 
-    def store(self, *, with_partial_page: bool = False) -> None:
+    def insert(self, *, with_partial_page: bool = False) -> None:
         """Gives finished pages to the prefix tree; does nothing if it already has them."""
         if self.sequence_id is None:
             return
         length = self.committed_len
         if not with_partial_page:
             length -= length % self.cache.page_size
-        if length > self.num_stored:
-            self.num_stored = self.cache.insert(
+        if length > self.num_inserted:
+            self.num_inserted = self.cache.insert(
                 self.sequence_id, self.ledger.tokens, self.root, with_partial_page=with_partial_page
             )
 
-    def share_tail(self) -> None:
+    def insert_tail_copy(self) -> None:
         """Makes the tokens behind the last full page matchable too; costs a copy of one page."""
         if self.sequence_id is not None and self.has_kv:
             self.cache.insert_tail_copy(self.sequence_id, self.ledger.tokens, self.root)
 
     def drop_kv(self) -> None:
         """Releases the sequence; the ledger stays and the next turn rebuilds what it needs."""
-        self.num_stored = 0
+        self.num_inserted = 0
         if self.sequence_id is not None:
             self.cache.release(self.sequence_id)
         self.sequence_id = None
@@ -109,7 +109,7 @@ class SessionState:
         if self.sequence_id is None or not self.has_kv:
             return
         length = min(length, self.committed_len)
-        self.num_stored = min(self.num_stored, length)
+        self.num_inserted = min(self.num_inserted, length)
         self.cache.truncate(self.sequence_id, length)
 
     def truncate(self, length: int) -> None:

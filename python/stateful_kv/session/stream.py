@@ -7,12 +7,13 @@ through. So a method that raises it forgets its own names first, or a stream wou
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 from stateful_kv.errors import SessionBusyError
-from stateful_kv.session.host import Host
+from stateful_kv.session.runner import TurnRunner
 from stateful_kv.session.turn import Turn
 from stateful_kv.session.waiting import AsyncNews, finish, give_up
 
@@ -20,13 +21,13 @@ from stateful_kv.session.waiting import AsyncNews, finish, give_up
 class TurnStream(Iterator[str]):
     """Iterator over the text of a running turn; see `Session.stream`."""
 
-    def __init__(self, host: Host, session: object) -> None:
+    def __init__(self, runner: TurnRunner, session: object) -> None:
         """Not for users. `begin` follows.
 
         It is there before its turn, so that the turn ends whenever the stream is dropped. It keeps
         the session, which would be closed if it were dropped.
         """
-        self._host = host
+        self._runner = runner
         self._session = session
         self._news: SimpleQueue[None] = SimpleQueue()
         self.listener = partial(self._news.put, None)
@@ -55,14 +56,14 @@ class TurnStream(Iterator[str]):
                     return piece
                 if is_finished:
                     break
-                self._host.wait_for_news(self._news)
+                self._runner.wait_for_news(self._news)
             if not turn.is_settled:
-                self._host.perform(turn.close_books)
+                self._runner.perform(turn.settle)
         except SessionBusyError:  # asked from within a step: the stream goes on
             raise
         except BaseException as error:
             turn.must_fail = True  # also if the next line is interrupted
-            self._host.perform(partial(turn.fail, error))
+            self._runner.perform(partial(turn.fail, error))
             self._is_over = True
             del self, turn  # see the top of this file
             raise
@@ -94,7 +95,7 @@ class TurnStream(Iterator[str]):
         if self._is_over:
             return
         if not turn.is_settled:
-            self._host.perform(turn.cancel)
+            self._runner.perform(turn.cancel)
         self._is_over = True
         if turn.error is not None:
             try:
@@ -106,27 +107,28 @@ class TurnStream(Iterator[str]):
 class AsyncTurnStream(AsyncIterator[str]):
     """The same for asyncio; see `Session.astream`."""
 
-    def __init__(self, host: Host, session: object) -> None:
-        """Not for users. `begin` follows; see `TurnStream`."""
-        self._host = host
-        self._session = session
-        self._news = AsyncNews()
-        self.listener = self._news.tell
+    def __init__(
+        self, runner: TurnRunner, open_turn: Callable[[AsyncTurnStream], Awaitable[Turn]]
+    ) -> None:
+        """Not for users; the turn is opened when the stream is awaited, entered or iterated."""
+        self._runner = runner
+        self._open_turn = open_turn
+        self._news: AsyncNews
+        self.listener: Callable[[], None]
         self._is_over = False
-        self._turn: Turn
+        self._turn: Turn | None = None
 
-    def begin(self, turn: Turn) -> AsyncTurnStream:
-        """Not for users."""
-        self._turn = turn
-        return self
+    def __await__(self) -> Generator[Any, None, AsyncTurnStream]:
+        """Opens the turn, so that bad input raises here; returns the stream itself."""
+        return self.__aenter__().__await__()
 
     @property
     def error(self) -> BaseException | None:
         """Why the turn failed; None if it did not."""
-        return self._turn.error
+        return None if self._turn is None else self._turn.error
 
     async def __anext__(self) -> str:
-        turn = self._turn
+        turn = await self._opened()
         if self._is_over:
             raise StopAsyncIteration
         try:
@@ -140,11 +142,11 @@ class AsyncTurnStream(AsyncIterator[str]):
                     break
                 await self._news.wait()
             if not turn.is_settled:
-                await finish(self._host.submit(turn.close_books))
+                await finish(self._runner.submit(turn.settle))
         except BaseException as error:
             self._is_over = True
             turn.has_reader = False
-            await give_up(self._host, lambda: turn.withdraw(asyncio.CancelledError()), error)
+            await give_up(self._runner, lambda: turn.withdraw(asyncio.CancelledError()), error)
             raise
         self._is_over = True
         if turn.error is not None:
@@ -155,6 +157,7 @@ class AsyncTurnStream(AsyncIterator[str]):
         raise StopAsyncIteration
 
     async def __aenter__(self) -> AsyncTurnStream:
+        await self._opened()
         return self
 
     async def __aexit__(self, kind: object, *_: object) -> None:
@@ -173,10 +176,21 @@ class AsyncTurnStream(AsyncIterator[str]):
         if self._is_over:
             return
         self._is_over = True
+        if turn is None:
+            return
         if not turn.is_settled:
-            await finish(self._host.submit(turn.cancel))
+            await finish(self._runner.submit(turn.cancel))
         if turn.error is not None:
             try:
                 raise turn.error
             finally:
                 del self, turn  # see the top of this file
+
+    async def _opened(self) -> Turn:
+        if self._turn is None:
+            if self._is_over:
+                raise StopAsyncIteration
+            self._news = AsyncNews()  # of the event loop that reads
+            self.listener = self._news.tell  # does not keep the stream, whose end is to be noticed
+            self._turn = await self._open_turn(self)
+        return self._turn

@@ -173,7 +173,7 @@ class Turn:
         output: tokens of the reply.
         pieces: its text.
         reader: the part of the text that is to be read.
-        is_accepting: tokens are being added; a turn that is interrupted meanwhile must fail.
+        is_taking: tokens are being added; a turn that is interrupted meanwhile must fail.
         must_fail: the reader was interrupted; a piece may be counted as read that never arrived.
         is_settled: there is a reply or an error, and the session is free.
         settled: has a result from then on, for who waits in another thread.
@@ -190,7 +190,7 @@ class Turn:
     reader: Reader = field(default_factory=Reader)
     finish_reason: str = ""
     has_reader: bool = False
-    is_accepting: bool = False
+    is_taking: bool = False
     must_fail: bool = False
     is_settled: bool = False
     waits_for: tuple[Turn, int] | None = None
@@ -277,7 +277,7 @@ class Turn:
             self.receipt.reused_tokens = self.state.committed_len
         self.phase = TurnPhase.EXTENDING
 
-    def accept(self, tokens: Sequence[int]) -> int:
+    def take(self, tokens: Sequence[int]) -> int:
         """Adds chosen tokens to reply and ledger until one ends the reply.
 
         Returns:
@@ -286,26 +286,26 @@ class Turn:
         if not self.output:
             self.receipt.ttft_s = time.perf_counter() - self.request.began_at
         num_left = self.num_left
-        taken = 0
+        num_taken = 0
         for token in tokens:
-            taken += 1
+            num_taken += 1
             self.output.append(token)
             self.sampler.note(token)
             text, stopped = self.stops.push(token)
             self._show(text)
             if stopped:
                 self.finish(FINISH_STOP)
-            elif taken >= num_left:
+            elif num_taken >= num_left:
                 text, stopped = self.stops.flush()
                 self._show(text)
                 self.finish(FINISH_STOP if stopped else FINISH_LENGTH)
             if self.is_finished:
                 break
-        self.state.ledger.append(tokens[:taken])
-        return taken
+        self.state.ledger.append(tokens[:num_taken])
+        return num_taken
 
     def finish(self, reason: str) -> None:
-        """No step is left to take; `close_books` makes the reply once KV is committed."""
+        """No step is left to take; `settle` makes the reply once KV is committed."""
         self.finish_reason = reason
         self.phase = TurnPhase.FINISHED
 
@@ -321,12 +321,12 @@ class Turn:
         else:
             self.receipt.decode_s += forward_s
 
-    def close_books(self) -> None:
+    def settle(self) -> None:
         """Stores the pages of the finished turn, makes the reply and records the turn."""
         if self.is_settled:
             return
         state = self.state
-        state.store()
+        state.insert()
         held = 0 if state.sequence_id is None else state.cache.num_pages_of(state.sequence_id)
         reply = Reply(
             "".join(self.pieces),
@@ -340,7 +340,7 @@ class Turn:
         )
         state.rest()
         state.ledger.end_turn(self.start, self.prompt_len)
-        self._settle(reply)
+        self._end(reply)
 
     def cancel(self) -> None:
         """Ends the turn early: the tokens whose text was read stay, the rest never happened.
@@ -358,12 +358,12 @@ class Turn:
         del self.pieces[num_pieces:]
         if kept:
             self.state.truncate(self.prompt_len + kept)
-            self.close_books()
+            self.settle()
             return
         self._roll_back()
         total_s = time.perf_counter() - self.request.began_at
         receipt = self.receipt.finish(output_tokens=0, total_s=total_s, pages_held=0)
-        self._settle(Reply("", [], FINISH_CANCELLED, receipt))
+        self._end(Reply("", [], FINISH_CANCELLED, receipt))
 
     def fail(self, error: BaseException) -> None:
         """Ends the turn with an error; ledger and sequence are as they were at its start."""
@@ -376,7 +376,7 @@ class Turn:
         self.phase = TurnPhase.FINISHED
         self.reader.close()
         self._roll_back()
-        self._settle(None)
+        self._end(None)
 
     def withdraw(self, error: BaseException) -> None:
         """The turn never was, since nobody got its reply; no later call has built on it yet."""
@@ -420,7 +420,7 @@ class Turn:
         state.truncate(self.start)
         state.rest()
 
-    def _settle(self, reply: Reply | None) -> None:
+    def _end(self, reply: Reply | None) -> None:
         state = self.request.state
         self.end = None if reply is None else Basis.of(state)
         # Nothing can come between these: there is no call among them.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from stateful_kv.session.host import Host
+from stateful_kv.session.runner import TurnRunner
 from stateful_kv.system.promise import Promise
 
 T = TypeVar("T")
@@ -51,16 +51,18 @@ async def finish(operation: Promise[T]) -> T:
     return operation.result()
 
 
-async def give_up(host: Host, operation: Callable[[], object], error: BaseException) -> None:
+async def give_up(
+    runner: TurnRunner, operation: Callable[[], object], error: BaseException
+) -> None:
     """Runs what ends the turn of a coroutine that `error` ends.
 
     A task that is cancelled goes on when that is done: its session can be used at once. Where a
     coroutine is thrown away it cannot wait.
     """
     if isinstance(error, asyncio.CancelledError):
-        await finish(host.submit(operation))
+        await finish(runner.submit(operation))
     else:
-        host.post(operation)
+        runner.post(operation)
 
 
 class AsyncNews:

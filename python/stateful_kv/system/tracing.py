@@ -1,7 +1,7 @@
 """Named spans over what the engine does: next to free unless somebody records them.
 
 The places are few: a turn, its text work, a step and the phases of a step. Who wants to see them
-(`profiling.py`) hands a recorder to `recording`; without one a span is a shared object that does
+(`apps/profile`) hands a recorder to `recording`; without one a span is a shared object that does
 nothing.
 """
 

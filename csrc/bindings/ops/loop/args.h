@@ -52,8 +52,8 @@ inline NgramLookupCall ngram_lookup_call(const OpCheck& check, const at::Tensor&
       .num_draft = num_draft.mutable_data_ptr<int32_t>(),
       .tokens_are_int64 = tokens.scalar_type() == at::kLong,
       .num_sequences = num_sequences,
-      .min_match = min_n,
-      .max_match = max_n,
+      .min_n = min_n,
+      .max_n = max_n,
       .max_draft = max_draft,
       .lengths = lengths.has_value() ? lengths->const_data_ptr<int32_t>() : nullptr,
   };

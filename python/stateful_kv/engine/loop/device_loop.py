@@ -1,8 +1,8 @@
 """Several steps of decoding sequences without the host: draft, forward, choose, accept.
 
-Tokens, lengths and page tables are on the device, in tensors that stay where they are, so that a
-step is the same launches each time: on CUDA it is recorded as a graph, on the CPU the same function
-is called. What it gives is what as many ordinary steps give; the host looks at it afterwards.
+Tokens, lengths and page tables are on the device, in tensors that stay where they are, so each step
+launches the same kernels on the same memory: on CUDA it is recorded as a graph, on the CPU the same
+function is called. The steps give what as many plain steps give; the host looks afterwards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stateful_kv.system.device import to_device, to_host
 from stateful_kv.types import TokenArray
 
 MAX_SEQUENCES = 1024  # of `ops.fill_rows` on CUDA
-MIN_PAGES = 16  # a shape has room for: to record one takes longer than to look at empty pages
+MIN_PAGES = 16  # of a shape: fewer shapes to record matter more than columns that are empty
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class LoopRow:
 
 @dataclass
 class _Recorded:
-    """The state of one shape, and on CUDA what replays its step."""
+    """The tensors of one shape, and on CUDA the graph of its step."""
 
     state: LoopState
     replay: Callable[[], None] | None
@@ -111,10 +111,10 @@ class DeviceLoop:
     def run(
         self, sequences: Sequence[LoopRow], max_draft: int, num_steps: int
     ) -> list[list[Outcome]]:
-        """Takes steps of all sequences; each ends for itself, where its reply or its room ends.
+        """Takes steps of all sequences; each stops where its reply ends or its pages are full.
 
-        KV of the new tokens is written into the reserved pages. Nothing of the host changes but
-        what it knows of the device.
+        KV of the new tokens is written into the reserved pages. On the host only the notes of what
+        is on the device change.
 
         Args:
             sequences: distinct, at least one.
@@ -145,7 +145,7 @@ class DeviceLoop:
         ]
 
     def _recorded_for(self, shape: LoopShape) -> _Recorded:
-        """The state of a shape and its step, made now if need be, of zeros: no sequence runs."""
+        """The state of a shape and its step; a new one is recorded with zeros: no sequence runs."""
         recorded = self._recorded.pop(shape, None)
         if recorded is None:
             capacity = min(shape.max_pages * self._cache.page_size + 1, self._store.capacity)
@@ -290,7 +290,7 @@ def rounded_up(number: int) -> int:
 def _describe(
     state: LoopState, sequences: Sequence[LoopRow], store_rows: Sequence[int], spare_row: int
 ) -> None:
-    """Writes down what is wanted on the device; places without a sequence do not run."""
+    """Writes what the device's tensors are to hold; rows without a sequence do nothing."""
     wanted = state.ints.wanted
     num = len(sequences)
     state.ints.forget(*LoopState.PROGRESS)
@@ -328,7 +328,7 @@ def _outcomes(
     trace: np.ndarray[tuple[int, int], np.dtype[np.int32]],
     tokens: TokenArray,
 ) -> list[Outcome]:
-    """Takes the trace of one sequence apart, step by step."""
+    """Splits the trace of one sequence into its steps."""
     num_sequences = trace.shape[1] // (2 + NUM_COUNTS)
     lengths, num_left = trace[:, index], trace[:, num_sequences + index]
     first_count = 2 * num_sequences + NUM_COUNTS * index

@@ -21,7 +21,7 @@ class GraphRecorder:
         self._device = device
         # One for all: the libraries keep a workspace for each stream that they were used on.
         self._stream: Any = None
-        # Of a graph that is there: torch takes no pool that all graphs have left.
+        # Of a living graph: torch refuses a pool that no graph uses any more.
         self._pool: Any = None
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:

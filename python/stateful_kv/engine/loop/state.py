@@ -1,7 +1,7 @@
 """The state of a loop of steps on a device, and what of it has to be sent there.
 
-All of it is one array of int32: the host keeps what it wants to be there and what it knows to be
-there, and sends the entries that differ.
+All of it is one array of int32. The host keeps two copies, what is to be there and what it knows to
+be there, and sends the entries that differ.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What sessions need of the engine that hosts them."""
+"""What sessions need of the engine that runs them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stateful_kv.system.promise import Promise
 T = TypeVar("T")
 
 
-class Host(Protocol):
+class TurnRunner(Protocol):
     """Runs operations on the state of sessions, one at a time, and takes the steps of turns.
 
     All methods may be called from any thread. An operation is run by whoever owns the state; see
@@ -59,7 +59,7 @@ class Host(Protocol):
         """
         ...
 
-    def conduct(self, openers: Sequence[Callable[[], Turn]]) -> list[Turn | Exception]:
+    def run_turns(self, openers: Sequence[Callable[[], Turn]]) -> list[Turn | Exception]:
         """Opens turns and returns when all of them are settled.
 
         Args:
