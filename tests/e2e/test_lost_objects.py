@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +20,7 @@ from stateful_kv.session.ledger import Ledger, TurnRecord
 from stateful_kv.session.session import Session
 from stateful_kv.session.state import SessionState
 from stateful_kv.session.turn import Turn
+from stateful_kv.system.promise import Promise
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.tiny import FIRST_BYTE, CountingUp
 
@@ -144,6 +147,23 @@ class TestDropped:
         for _ in range(2):
             engine.check_integrity()
         assert len(engine._scheduler.owner._watches) == before
+
+    @pytest.mark.usefixtures("no_collection")
+    def test_a_promise_keeps_nothing_that_waited(self) -> None:
+        class Big:
+            """What was promised."""
+
+        promise: Promise[Big] = Promise()
+        waiting = threading.Thread(target=promise.wait)
+        waiting.start()
+        while not promise._callbacks:
+            time.sleep(0.001)
+        big = Big()
+        seen = weakref.ref(big)
+        promise.set_result(big)
+        waiting.join()
+        del promise, waiting, big
+        assert seen() is None
 
 
 class TestRecords:

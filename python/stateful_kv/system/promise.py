@@ -67,3 +67,4 @@ class Promise(Generic[T]):
     def _call_back(self) -> None:
         for callback in tuple(self._callbacks):
             callback(self)
+        self._callbacks.clear()  # else they would keep this, and this them
