@@ -72,6 +72,31 @@ class TestTokenStore:
                 assert 0 <= stored.row < store.num_rows
                 contents[stored.row], stored.length = stored, random.randint(1, 4)
 
+    @pytest.mark.parametrize("at", range(4))
+    def test_an_interrupt_gives_no_row_to_two_sessions(
+        self, monkeypatch: pytest.MonkeyPatch, at: int
+    ) -> None:
+        store = TokenStore(9, CPU)
+        sessions = [StoredTokens() for _ in range(4)]
+        store.place(sessions[:2])
+        take, calls = StoredTokens.take, iter(range(100))
+
+        def interrupted(self: StoredTokens, row: int) -> None:
+            take(self, row)
+            if next(calls) == at:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(StoredTokens, "take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.place(sessions[2:])
+        monkeypatch.undo()
+        monkeypatch.setattr(TokenStore, "NUM_ROWS", 2)
+        for chosen in (sessions[1:3], sessions[2:], sessions[:2]):
+            store.place(chosen)
+            rows = [stored.row for stored in sessions if stored.row >= 0]
+            assert sorted(rows) == [0, 1], "each row belongs to one session"
+            assert all(stored.row >= 0 for stored in chosen)
+
     def test_what_still_belongs_to_the_ledger(self) -> None:
         ledger = Ledger(range(10))
         store = TokenStore(64, CPU)

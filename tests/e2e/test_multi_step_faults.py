@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 
+from stateful_kv.engine import batching
 from stateful_kv.engine.loop.device_loop import DeviceLoop
 from stateful_kv.engine.multi_step import MultiStep
 from stateful_kv.errors import StatefulKVError
 from stateful_kv.kv.cache import KVCache
+from stateful_kv.session.receipts import Reply
 from stateful_kv.text.stopping import StopRules
 from tests.e2e.conftest import MakeEngine
 from tests.e2e.multi_step_play import multi_step
@@ -183,6 +186,35 @@ class TestFaults:
         )
         assert [r.token_ids for r in replies] == [r.token_ids for r in expected]
         assert multi_step(engine).num_syncs > 0
+
+    @pytest.mark.parametrize("num_turns", [0, 1])
+    def test_a_drafter_that_fails_ends_only_its_turn(
+        self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, num_turns: int
+    ) -> None:
+        """A turn that has failed takes part in no further step, a plain one included."""
+        engine = make_engine(CountingUp(), num_steps_per_sync=4)
+        good, bad = engine.session(), engine.session()
+        for _ in range(num_turns):
+            engine.gather([(good, "g"), (bad, "b")], max_tokens=6)
+        before = bad.token_ids
+        drafter = bad._state.drafter
+        propose_all = batching.propose_all
+
+        def failing(drafters: Any, *arguments: Any) -> Any:
+            if drafter in drafters:
+                raise BoomError
+            return propose_all(drafters, *arguments)
+
+        monkeypatch.setattr(batching, "propose_all", failing)
+        monkeypatch.setattr(drafter, "propose", lambda *_: failing([drafter]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            replies = engine.gather([(good, "x"), (bad, "y")], 12, return_exceptions=True)
+        assert isinstance(replies[1], BoomError)
+        assert bad.token_ids == before
+        assert bad._state.has_kv is (num_turns > 0)
+        assert isinstance(replies[0], Reply)
+        assert len(replies[0].token_ids) == 12
 
     def test_an_error_while_text_is_made(
         self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch

@@ -82,9 +82,9 @@ class TestLoading:
         small = [layer.qkv.bias, layer.o.bias, layer.gate_up.bias, layer.down.bias]
         if small == [None] * 4 and not config.qk_norm:
             tensors = [weights.embedding, weights.norm, weights.cos_sin]
-            for one in weights.layers:
-                tensors += [one.attn_norm, one.ffn_norm]
-                tensors += [x.weight for x in (one.qkv, one.o, one.gate_up, one.down)]
+            for each in weights.layers:
+                tensors += [each.attn_norm, each.ffn_norm]
+                tensors += [x.weight for x in (each.qkv, each.o, each.gate_up, each.down)]
             tensors += [] if is_shared else [weights.head.weight]
             assert weight_bytes(config, dtype) == sum(t.numel() * t.element_size() for t in tensors)
 

@@ -256,6 +256,6 @@ class TestDenseLinear:
                 if any(value != value for value in row):
                     assert found == list(range(k)) and top.isnan().all()
                     continue
-                order = sorted(range(120), key=lambda one: (-row[one], one))
+                order = sorted(range(120), key=lambda token: (-row[token], token))
                 assert found == order[:k]
-                assert top.tolist() == [row[one] for one in found]
+                assert top.tolist() == [row[token] for token in found]

@@ -169,12 +169,12 @@ def double_plants(case: str) -> Iterator[tuple[Plant, ...]]:
         for name in INTEGERS[case]
         if isinstance(arguments[name], Tensor) and arguments[name].dim() == 1
     }
-    for (one, left), (other, right) in itertools.combinations(vectors.items(), 2):
+    for (name, left), (other, right) in itertools.combinations(vectors.items(), 2):
         if left.shape != right.shape:
             continue
         for index in range(left.numel()):
             for pair in itertools.product(extremes(left), extremes(right)):
-                yield Plant(one, index, pair[0]), Plant(other, index, pair[1])
+                yield Plant(name, index, pair[0]), Plant(other, index, pair[1])
 
 
 class Guarded:

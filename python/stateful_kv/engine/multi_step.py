@@ -72,8 +72,9 @@ class MultiStep:
             self._take_plain_step(running)
 
     def _take_plain_step(self, running: Sequence[Turn]) -> None:
+        """Takes a step of those that a failed attempt at several has not ended."""
         self._num_plain = max(0, self._num_plain - 1)
-        self._stepper.step(running)
+        self._stepper.step([turn for turn in running if not turn.is_finished])
 
     def _take_steps(self, turns: Sequence[Turn]) -> bool:
         """Takes several steps; False if none counted, then no length has moved."""
@@ -126,7 +127,9 @@ class MultiStep:
 
     @traced("reserve")
     def _reserve(self, turns: Sequence[Turn], max_draft: int) -> list[LoopRow]:
-        """Makes room for the steps; returns nothing where there is not even room for one.
+        """Makes room for the steps; returns nothing where a plain step must be taken.
+
+        That is where there is not even room for one token of each, or where a turn has failed.
 
         For the next token of each turn sequences at rest may be evicted, as in a plain step. For
         the tokens behind it, which may never come, only free and cached pages are taken.
@@ -135,6 +138,8 @@ class MultiStep:
             for turn in turns:
                 self._cache.reserve(_sequence_of(turn), 1)
             drafts = propose(turns, max_draft) if max_draft else [NO_DRAFT] * len(turns)
+            if any(turn.is_finished for turn in turns):  # its drafter failed: it has no rows
+                return []
             load = StepLoad(len(turns), len(turns))
             return [
                 self._plan(turn, draft, max_draft, load)

@@ -99,7 +99,7 @@ class TokenStore:
         if len(wanted) > self.num_rows:
             self._grow(len(wanted))
         ids = {id(stored) for stored in wanted}
-        others = [stored for stored in self._by_use if id(stored) not in ids]
+        others = [stored for stored in self._by_use if id(stored) not in ids and stored.row >= 0]
         missing = [stored for stored in wanted if stored.row < 0]
         used = {stored.row for stored in self._by_use}
         free = [row for row in range(self.num_rows) if row not in used]
@@ -107,9 +107,10 @@ class TokenStore:
             oldest = others.pop(0)
             free.append(oldest.row)
             oldest.take(-1)
+        # Before they get their rows: whatever an interrupt leaves, each row is known to be used.
+        self._by_use = [*others, *wanted]
         for stored, row in zip(missing, free, strict=False):
             stored.take(row)
-        self._by_use = [*others, *wanted]
 
     def _grow(self, num_sessions: int) -> None:
         """Allocates memory for at least so many sessions; what was there is sent again."""
