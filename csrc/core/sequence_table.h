@@ -5,9 +5,9 @@
 //   pages    [0, ceil(allocated_len / page_size)), never more
 //
 // A step is: reserve -> write KV -> commit what is to stay. truncate() drops the tail.
-// A fork shares all pages of its parent. The first reservation in a shared, partly filled page moves
-// the writing sequence to a fresh page and returns the (from, to) pair that the caller must copy
-// before it writes; the other holders never notice. So a page with two references is never
+// A fork shares all pages of its parent. The first reservation in a shared, partly filled page
+// moves the writing sequence to a fresh page and returns the (from, to) pair that the caller must
+// copy before it writes; the other holders never notice. So a page with two references is never
 // written. Slot of a token: page_table[i / page_size] * page_size + i % page_size.
 //
 // Sequence ids are never reused. An id that was never given throws std::out_of_range, a released

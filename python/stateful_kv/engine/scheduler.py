@@ -6,7 +6,8 @@ Everything that changes a session happens in an operation of `Owner`, one at a t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from stateful_kv.engine.config import EngineConfig
@@ -109,8 +110,9 @@ class Scheduler:
             self.owner.run(self._step_if_open)
         else:
             news.get()
-        while not news.empty():
-            news.get()
+        with suppress(Empty):
+            while True:
+                news.get_nowait()
 
     def running_turn(self, state: SessionState) -> Turn | None:
         """The turn that makes a session busy."""
@@ -273,14 +275,14 @@ class Scheduler:
                 turn.cancel()
             self.close_session(subject)
 
-    def recover(self, error: BaseException | None) -> None:
+    def recover(self, error: BaseException | None, *, is_interrupt: bool) -> None:
         """Makes the state whole after an operation that was cut off."""
         error = KeyboardInterrupt() if error is None else error
         self.cache.recount()
         for turn in self.turns:
             if turn.is_settled:
                 turn.announce()  # it may have been cut off in the middle of that
-            elif turn.is_taking or turn.error is not None or not turn.has_reader:
+            elif turn.is_taking or turn.error or (is_interrupt and not turn.has_reader):
                 turn.fail(error)
         for state in self.sessions:
             state.repair()

@@ -50,10 +50,12 @@ class Worker(Protocol):
         """Runs one step; False when there was nothing to compute."""
         ...
 
-    def recover(self, error: BaseException | None) -> None:
-        """Makes the state whole after an operation that was cut off by `error`, if it is known.
+    def recover(self, error: BaseException | None, *, is_interrupt: bool) -> None:
+        """Makes the state whole after an operation that was cut off. May be repeated.
 
-        May itself be interrupted and called again.
+        Args:
+            error: what cut it off, if that is known.
+            is_interrupt: turns that wait in the calling thread are given up.
         """
         ...
 
@@ -175,9 +177,6 @@ class Owner:
             daemon=True,
         ).start()
         is_up.wait()
-        # When Python ends, `_stop_all` ends the thread: it also waits for it.
-        weakref.finalize(self, self._inbox.put, None).atexit = False
-        self.post(lambda: None)  # streams that are open go on
 
     def _take_over(self) -> bool:
         """Makes the calling thread the engine's; False if there is one, or none is wanted.
@@ -188,7 +187,10 @@ class Owner:
             if self._is_stopped or self._thread is not None:
                 return False
             self._thread = threading.current_thread()
-            return True
+        # When Python ends, `_stop_all` ends the thread: it also waits for it.
+        weakref.finalize(self, self._inbox.put, None).atexit = False
+        self.post(lambda: None)  # streams that are open go on
+        return True
 
     def stop(self) -> None:
         """Ends the engine's thread, if it has one, after the operation that it is in; for good.
@@ -254,7 +256,12 @@ class Owner:
         Raises:
             SessionBusyError: called from within an operation, which cannot wait for itself.
         """
-        return self.run(operation) if self.is_inline() else self.submit(operation).result()
+        if not self.is_inline():
+            return self.submit(operation).result()
+        result = self.run(operation)
+        if self._thread is not None:  # started meanwhile, and perhaps asleep: there may be work
+            self.post(lambda: None)
+        return result
 
     def run(self, operation: Callable[[], T]) -> T:
         """Runs an operation in the calling thread, which must be the one that does the work."""
@@ -265,26 +272,28 @@ class Owner:
             self._inside = get_ident()
             try:
                 if self._is_dirty:
-                    self._recover(None)
+                    self._recover(None, is_interrupt=True)
                 self._is_dirty = True
                 self._run_posted()
                 self._worker.tidy()
                 result = operation()
                 self._is_dirty = False
                 return result
-            except Exception:
+            except Exception as error:
+                # A signal handler may have raised it in the middle of anything.
+                self._recover(error, is_interrupt=False)
                 self._is_dirty = False
                 raise
             except BaseException as error:
-                self._recover(error)
+                self._recover(error, is_interrupt=True)
                 self._is_dirty = False
                 raise
             finally:
                 self._inside = 0
 
-    def _recover(self, error: BaseException | None) -> None:
+    def _recover(self, error: BaseException | None, *, is_interrupt: bool) -> None:
         """Makes the state whole; what was dropped and perhaps not ended yet is left again."""
-        self._worker.recover(error)
+        self._worker.recover(error, is_interrupt=is_interrupt)
         for watch in tuple(self._watches.values()):
             if watch() is None:
                 self._inbox.put(watch)

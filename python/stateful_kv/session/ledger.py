@@ -98,9 +98,9 @@ class Ledger:
         """
         if not 0 <= length <= self._length:
             raise ValueError(f"length: expected 0..{self._length}, got {length}")
-        if length < self._length:
-            self._revision += 1
+        is_cut = length < self._length
         self._length = length
+        self._revision += is_cut
         while self._records and self._records[-1].end > length:
             self._records.pop()
 

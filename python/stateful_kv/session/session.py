@@ -151,7 +151,6 @@ class Session:
 
     async def aturn(self, message: Messages, max_tokens: int = 256, **sampling: Any) -> Reply:
         """Like `turn`, for asyncio. Cancelled, it ends the turn within one step: it never was."""
-        self._state.last_reply = None
         turn = await self._open_async(message, max_tokens, sampling, None)
         try:
             await wait_for(turn.settled)
@@ -170,7 +169,6 @@ class Session:
         """
 
         async def open_turn(stream: AsyncTurnStream) -> Turn:
-            self._state.last_reply = None
             return await self._open_async(message, max_tokens, sampling, stream)
 
         return AsyncTurnStream(self._runner, open_turn)
@@ -363,6 +361,7 @@ class Session:
         """Checks, renders and tokenises: all that needs no lock."""
         began_at = time.perf_counter()
         state = self._state
+        state.last_reply = None  # a turn that is refused has none either
         if state.is_closed:
             raise SessionClosedError(f"session {self.name!r} is closed")
         if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:

@@ -146,7 +146,8 @@ class AsyncTurnStream(AsyncIterator[str]):
         except BaseException as error:
             self._is_over = True
             turn.has_reader = False
-            await give_up(self._runner, lambda: turn.withdraw(asyncio.CancelledError()), error)
+            failure = error if isinstance(error, Exception) else asyncio.CancelledError()
+            await give_up(self._runner, lambda: turn.withdraw(failure), error)
             raise
         self._is_over = True
         if turn.error is not None:
@@ -192,5 +193,11 @@ class AsyncTurnStream(AsyncIterator[str]):
                 raise StopAsyncIteration
             self._news = AsyncNews()  # of the event loop that reads
             self.listener = self._news.tell  # does not keep the stream, whose end is to be noticed
-            self._turn = await self._open_turn(self)
+            try:
+                self._turn = await self._open_turn(self)
+            except BaseException:
+                self._is_over = True
+                raise
+            if self._is_over:  # closed by another task meanwhile
+                await finish(self._runner.submit(self._turn.cancel))
         return self._turn

@@ -45,8 +45,9 @@ class Basis:
 
     @staticmethod
     def of(state: SessionState) -> Basis:
-        """What a request made now is made for."""
-        return Basis(len(state.ledger), state.ledger.revision)
+        """What a request made now is made for; may be asked while another thread works."""
+        revision = state.ledger.revision  # first: a truncation changes it last
+        return Basis(len(state.ledger), revision)
 
 
 @dataclass(eq=False)
