@@ -1,6 +1,7 @@
 // The schemas of all ops. A mutating op returns nothing (but for rms_norm with its residual) and
 // marks every tensor it writes; kernels are registered by device key in the room of their area
-// (ops/*/cpu.cpp, ops/*/cuda.cpp), fake kernels and documentation are in the package stateful_kv.ops.
+// (ops/*/cpu.cpp, ops/*/cuda.cpp), fake kernels and documentation are in the package
+// stateful_kv.ops.
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>
 
