@@ -62,6 +62,10 @@ def check_device(device: str | torch.device) -> torch.device:
         wanted = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise DeviceUnavailableError(f"device {device}: expected cpu or cuda or cuda:N") from error
+    # torch keeps 8 bits of the number: "cuda:256" would be the first device.
+    is_whole = wanted.index is None or str(device).endswith(f":{wanted.index}")
+    if not is_whole:
+        raise DeviceUnavailableError(f"device {device}: expected a number below 128")
     if wanted.type == "cpu" and wanted.index is None:
         return wanted
     if wanted.type != "cuda":

@@ -95,6 +95,14 @@ class TestUnavailable:
         assert _native.check_device("cuda") == torch.device("cuda:3")
         assert _native.check_device("cuda:1") == torch.device("cuda:1")
 
+    @pytest.mark.parametrize("name", ["cuda:128", "cuda:256", "cuda:9999"])
+    def test_a_number_that_torch_cannot_hold_is_no_other_device(
+        self, cuda_build: None, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        with pytest.raises(DeviceUnavailableError, match=f"device {name}: "):
+            _native.check_device(name)
+
     def test_a_model_elsewhere_is_refused(self) -> None:
         model = CountingUp()
         model.device = torch.device("cuda:1")
