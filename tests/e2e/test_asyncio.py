@@ -393,3 +393,32 @@ class TestLoops:
         for session in sessions:
             assert not session.is_busy
             assert session.token_ids == []
+
+
+class TestSharedStreams:
+    def test_a_stream_is_read_in_another_loop(self, make_engine: MakeEngine) -> None:
+        session = make_engine(CountingUp()).session()
+
+        async def begin() -> Any:
+            stream = await session.astream("x", max_tokens=30)
+            await anext(stream)
+            return stream
+
+        async def read(stream: Any) -> int:
+            return len([piece async for piece in stream])
+
+        assert run(read(run(begin()))) == 29
+
+    def test_several_tasks_read_one_stream(self, make_engine: MakeEngine) -> None:
+        session = make_engine(CountingUp()).session()
+
+        async def read_together() -> list[int]:
+            stream = session.astream("x", max_tokens=30)
+
+            async def read() -> int:
+                return len([piece async for piece in stream])
+
+            return await asyncio.gather(read(), read(), read())
+
+        assert sum(run(read_together())) == 30
+        assert session.num_turns == 1

@@ -542,3 +542,63 @@ def wait_for_child(child: int) -> int:
 
     wait_until(has_ended)
     return codes[0]
+
+
+class TestOddErrors:
+    @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+    def test_what_a_model_raises_ends_the_turns(
+        self, make_engine: MakeEngine, error: type[BaseException]
+    ) -> None:
+        model = CountingUp()
+        engine = make_engine(model)
+        engine.start()
+        session = engine.session(draft=False)
+
+        def fail(batch: Any) -> None:
+            if batch.num_tokens == 1:  # behind the first token
+                raise error
+
+        model.before_forward = fail
+        stream = session.stream("x", max_tokens=9)
+        with pytest.raises(error):
+            list(stream)
+        model.before_forward = lambda batch: None
+        assert (session.num_turns, session.is_busy) == (0, False)
+        assert len(session.turn("y", max_tokens=3).token_ids) == 3
+
+    @pytest.mark.parametrize("is_threaded", [False, True])
+    def test_stop_iteration_is_no_end_of_the_text(
+        self, make_engine: MakeEngine, is_threaded: bool
+    ) -> None:
+        model = CountingUp()
+        engine = make_engine(model)
+        if is_threaded:
+            engine.start()
+
+        def fail(batch: Any) -> None:
+            if batch.num_tokens == 1:  # behind the first token
+                raise StopIteration
+
+        model.before_forward = fail
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            list(engine.session(draft=False).stream("x", max_tokens=9))
+
+    def test_an_engine_whose_thread_starts_while_a_turn_is_opened(
+        self, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The thread falls asleep before the first thread has opened its turn, and is woken."""
+        engine = make_engine(CountingUp())
+        session, other = engine.session(), engine.session()
+        owner = engine._scheduler.owner
+        is_inline = type(owner).is_inline
+        calls = iter(range(1000))
+
+        def watched(self: Any) -> bool:
+            result = is_inline(self)
+            if result and next(calls) == 1:
+                in_thread(lambda: other.turn("y", max_tokens=2)).result(30)
+                time.sleep(0.2)
+            return result
+
+        monkeypatch.setattr(type(owner), "is_inline", watched)
+        assert len(session.turn("x", max_tokens=5).token_ids) == 5

@@ -36,15 +36,17 @@ def commit(
     for row, steps in zip(rows, outcomes, strict=True):
         num_taken = 0
         turn = row.turn
+        has_failed = False
         turn.is_taking = True
         try:
             num_taken, num = _take_tokens(row, steps)
             num_steps.append(num)
         except Exception as error:
             num_steps.append(0)
+            has_failed = True  # its caller may take the error at once
             turn.fail(error)
         turn.is_taking = False
-        if turn.error is None:
+        if not has_failed:
             # Tokens of the ledger that were fed have KV now, and so have the tokens that were
             # taken, but for the last: it is chosen and not fed yet. If no step counted, the KV
             # that was written is ignored.
@@ -80,7 +82,7 @@ def end_steps(
     for turn, num, num_rows, seconds in zip(
         turns, num_steps, num_prompt_rows, forward_s, strict=True
     ):
-        if turn.error is not None:
+        if turn.is_settled:
             continue
         turn.count_steps(num_steps=num, num_prompt_rows=num_rows, forward_s=seconds, host_s=host_s)
         if turn.is_finished and not turn.has_reader:

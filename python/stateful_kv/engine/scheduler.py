@@ -290,7 +290,7 @@ class Scheduler:
         held = {state.sequence_id for state in self.sessions if state.sequence_id is not None}
         self.cache.recover(held)
 
-    def fail_all(self, error: Exception) -> None:
+    def fail_all(self, error: BaseException) -> None:
         """Ends all running turns."""
         for turn in self.turns:
             if not turn.is_finished:

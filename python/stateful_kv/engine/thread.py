@@ -72,7 +72,7 @@ class Worker(Protocol):
         """Ends what belonged to an object that is gone; see `Owner.watch`. May be repeated."""
         ...
 
-    def fail_all(self, error: Exception) -> None:
+    def fail_all(self, error: BaseException) -> None:
         """Ends all running turns: a step cannot be taken."""
         ...
 
@@ -341,17 +341,22 @@ class Owner:
             self._run_in_thread(self._worker.step)
 
     def _run_in_thread(self, operation: Callable[[], object]) -> None:
-        """Runs an operation; whatever it raises, the thread goes on, or nobody would be served."""
+        """Runs an operation; whatever it raises, the thread goes on, or nobody would be served.
+
+        No signal reaches this thread: also a SystemExit comes from the model or the tokenizer.
+        """
         try:
             try:
                 self.run(operation)
-            except Exception as error:
+            except BaseException as error:
+                if _exiting_thread:
+                    raise
                 failure = error
                 self.run(lambda: self._worker.fail_all(failure))
         except BaseException:
             if _exiting_thread:
                 raise
-            _log.exception("the engine's thread goes on after")
+            _log.exception("an operation failed; the engine's thread continues")
 
     def _hold_for_fork(self) -> bool:
         """Waits until no other thread is in an operation: a child could not end it."""

@@ -57,12 +57,14 @@ class TurnStream(Iterator[str]):
                 if is_finished:
                     break
                 self._runner.wait_for_news(self._news)
+            self._news.put(None)  # for another thread that reads the same stream
             if not turn.is_settled:
                 self._runner.perform(turn.settle)
         except SessionBusyError:  # asked from within a step: the stream goes on
             raise
         except BaseException as error:
             turn.must_fail = True  # also if the next line is interrupted
+            turn.has_reader = turn.has_reader and isinstance(error, Exception)
             self._runner.perform(partial(turn.fail, error))
             self._is_over = True
             del self, turn  # see the top of this file
@@ -117,6 +119,7 @@ class AsyncTurnStream(AsyncIterator[str]):
         self.listener: Callable[[], None]
         self._is_over = False
         self._turn: Turn | None = None
+        self._opening = asyncio.Lock()
 
     def __await__(self) -> Generator[Any, None, AsyncTurnStream]:
         """Opens the turn, so that bad input raises here; returns the stream itself."""
@@ -131,6 +134,9 @@ class AsyncTurnStream(AsyncIterator[str]):
         turn = await self._opened()
         if self._is_over:
             raise StopAsyncIteration
+        if not self._news.is_of_running_loop:  # it was opened in another one
+            self._news = AsyncNews()
+            turn.request.listener = self._news.tell
         try:
             while True:
                 self._news.clear()
@@ -188,16 +194,19 @@ class AsyncTurnStream(AsyncIterator[str]):
                 del self, turn  # see the top of this file
 
     async def _opened(self) -> Turn:
-        if self._turn is None:
-            if self._is_over:
-                raise StopAsyncIteration
-            self._news = AsyncNews()  # of the event loop that reads
-            self.listener = self._news.tell  # does not keep the stream, whose end is to be noticed
-            try:
-                self._turn = await self._open_turn(self)
-            except BaseException:
-                self._is_over = True
-                raise
-            if self._is_over:  # closed by another task meanwhile
-                await finish(self._runner.submit(self._turn.cancel))
+        async with self._opening:  # several tasks may read the same stream
+            return self._turn or await self._open()
+
+    async def _open(self) -> Turn:
+        if self._is_over:
+            raise StopAsyncIteration
+        self._news = AsyncNews()  # of the event loop that reads
+        self.listener = self._news.tell  # does not keep the stream, whose end is to be noticed
+        try:
+            self._turn = await self._open_turn(self)
+        except BaseException:
+            self._is_over = True
+            raise
+        if self._is_over:  # closed by another task meanwhile
+            await finish(self._runner.submit(self._turn.cancel))
         return self._turn

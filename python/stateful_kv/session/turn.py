@@ -372,6 +372,11 @@ class Turn:
             return
         if self.error is None:
             _log.debug("session %r: a turn fails", self.state.name, exc_info=error)
+            if isinstance(error, (StopIteration, StopAsyncIteration)):
+                # Raised by a stream it would look like the end of the text.
+                failure = RuntimeError(f"a turn fails with {error!r}")
+                failure.__cause__ = error
+                error = failure
             # Without its frames: they would keep alive whatever a step had in hand.
             self.error = without_frames(error)
         self.phase = TurnPhase.FINISHED

@@ -74,6 +74,11 @@ class AsyncNews:
         self._event = asyncio.Event()
         self._is_told = False
 
+    @property
+    def is_of_running_loop(self) -> bool:
+        """Whether the running task can wait here."""
+        return self._loop is asyncio.get_running_loop()
+
     def tell(self) -> None:
         """There is something new. Wakes the event loop only if the task knows of nothing yet."""
         if not self._is_told:
