@@ -164,6 +164,23 @@ def test_an_interrupt_of_who_waits_for_the_thread(name: str) -> None:
     sweep_twice(name, 3, 3, is_threaded=True)
 
 
+def test_a_reply_that_ends_before_its_interrupted_reader_can_fail_it() -> None:
+    """With a thread of its own the engine may take the last step meanwhile."""
+    scene = CASES["later_pieces"]()
+    turn = scene.made[0]._turn
+    while turn.num_left > 1:
+        scene.engine.step()
+
+    def take_the_last_step() -> None:
+        turn.must_fail, turn.has_reader = True, False  # what the reader does first
+        scene.engine._scheduler.step()
+
+    scene.engine._scheduler.perform(take_the_last_step)
+    assert turn.is_settled
+    assert [state_of(session) for session in scene.sessions] == scene.before
+    check("later_pieces", scene)
+
+
 @thorough
 @pytest.mark.timeout(3600)
 @traced

@@ -326,6 +326,9 @@ class Turn:
         """Stores the pages of the finished turn, makes the reply and records the turn."""
         if self.is_settled:
             return
+        if self.must_fail:  # the step that ended the reply was quicker than the reader's request
+            self.fail(KeyboardInterrupt())
+            return
         state = self.state
         state.insert()
         held = 0 if state.sequence_id is None else state.cache.num_pages_of(state.sequence_id)
