@@ -1,4 +1,4 @@
-# The CUDA half of the extension. Included by csrc/bindings, where STATEFUL_KV_TORCH_DIR is known.
+# The CUDA half of the extension. Included by csrc/ops, where STATEFUL_KV_TORCH_DIR is known.
 #   in:  STATEFUL_KV_CUDA (AUTO|ON|OFF), STATEFUL_KV_CUDA_ARCHS, STATEFUL_KV_TORCH_DIR
 #   out: SKV_CUDA_ENABLED; if true the target skv_cuda (kernels, CUDA headers, c10_cuda) and
 #        SKV_CUDA_ARCHS_TEXT, the architectures joined by commas for a compile definition

@@ -1,15 +1,15 @@
 # Target cuda_check: everything for CUDA compiles, whether or not it is part of the extension. It
 # needs nvcc but neither a GPU nor a CUDA build of torch, and links nothing.
 #   - all kernels, for STATEFUL_KV_CUDA_ARCHS
-#   - the CUDA bindings, without linking, where STATEFUL_KV_TORCH_DIR names a torch of any kind
-# Include it from the top directory, after csrc/bindings.
+#   - the CUDA ops, without linking, where STATEFUL_KV_TORCH_DIR names a torch of any kind
+# Include it from the top directory, after csrc/ops.
 include_guard(GLOBAL)
 include(${PROJECT_SOURCE_DIR}/cmake/CudaToolkit.cmake)
 include(${PROJECT_SOURCE_DIR}/cmake/Instantiate.cmake)
 
 if(TARGET skv_cuda)
   # A real CUDA build compiles the same files anyway.
-  add_custom_target(cuda_check DEPENDS skv_cuda _C)
+  add_custom_target(cuda_check DEPENDS skv_cuda stateful_kv_ops)
   return()
 endif()
 string(TOUPPER "${STATEFUL_KV_CUDA}" skv_cuda_choice)
@@ -35,7 +35,7 @@ set_target_properties(skv_cuda_check PROPERTIES
 add_custom_target(cuda_check DEPENDS skv_cuda_check)
 
 if(NOT EXISTS "${STATEFUL_KV_TORCH_DIR}/include/torch/library.h")
-  message(STATUS "stateful_kv: cuda_check leaves out the bindings: STATEFUL_KV_TORCH_DIR is not set")
+  message(STATUS "stateful_kv: cuda_check leaves out the ops: STATEFUL_KV_TORCH_DIR is not set")
   return()
 endif()
 # A CPU build of torch has the c10/cuda headers but for this one, which its CUDA build generates.
@@ -44,18 +44,18 @@ if(NOT EXISTS "${STATEFUL_KV_TORCH_DIR}/include/c10/cuda/impl/cuda_cmake_macros.
   file(CONFIGURE OUTPUT ${skv_cuda_stand_in}/c10/cuda/impl/cuda_cmake_macros.h
     CONTENT "#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
 endif()
-file(GLOB skv_cuda_bindings CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/bindings/ops/*/cuda.cpp)
-add_library(skv_cuda_bindings_check OBJECT EXCLUDE_FROM_ALL ${skv_cuda_bindings})
-target_include_directories(skv_cuda_bindings_check PRIVATE ${PROJECT_SOURCE_DIR})
-target_include_directories(skv_cuda_bindings_check SYSTEM PRIVATE
+file(GLOB skv_cuda_ops CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/ops/*/cuda.cpp)
+add_library(skv_cuda_ops_check OBJECT EXCLUDE_FROM_ALL ${skv_cuda_ops})
+target_include_directories(skv_cuda_ops_check PRIVATE ${PROJECT_SOURCE_DIR})
+target_include_directories(skv_cuda_ops_check SYSTEM PRIVATE
   ${skv_cuda_stand_in}
   ${STATEFUL_KV_TORCH_DIR}/include
   ${STATEFUL_KV_TORCH_DIR}/include/torch/csrc/api/include
   ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-target_compile_definitions(skv_cuda_bindings_check PRIVATE SKV_WITH_CUDA)
+target_compile_definitions(skv_cuda_ops_check PRIVATE SKV_WITH_CUDA)
 # The objects are thrown away: no optimisation.
-target_compile_options(skv_cuda_bindings_check PRIVATE -Wall -Wextra -O0)
+target_compile_options(skv_cuda_ops_check PRIVATE -Wall -Wextra -O0)
 if(STATEFUL_KV_WERROR)
-  target_compile_options(skv_cuda_bindings_check PRIVATE -Werror)
+  target_compile_options(skv_cuda_ops_check PRIVATE -Werror)
 endif()
-add_dependencies(cuda_check skv_cuda_bindings_check)
+add_dependencies(cuda_check skv_cuda_ops_check)

@@ -1,5 +1,5 @@
-// The Python module stateful_kv._C: the state objects of csrc/core. The ops of library.cpp are
-// registered with torch when this library is loaded.
+// The Python module stateful_kv._C: the state objects of csrc/core, and LayerStack. The library of
+// the ops is loaded with it, which registers them with torch.
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
@@ -11,7 +11,6 @@
 #include <utility>
 #include <vector>
 
-#include "csrc/bindings/layers/layer_stack.h"
 #include "csrc/bindings/state/state_objects.h"
 #include "csrc/core/assert.h"
 #include "csrc/core/references.h"

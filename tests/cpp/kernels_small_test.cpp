@@ -236,6 +236,7 @@ TEST_F(RmsNorm, MatchesDoubleAndKeepsBitsInAnyBatch) {
         .weight = weight.data(),
         .output = y.data(),
         .residual = nullptr,
+        .sum = nullptr,
         .activation_dtype = DType::kFloat32,
         .num_rows = kOuter * kInner,
         .num_features = features,
@@ -274,14 +275,14 @@ TEST_F(RmsNorm, NormalisesTheSumWithTheResidual) {
     const auto x = random_floats(kRows * stride, 11);
     const auto weight = random_floats(features, 12);
     const auto before = random_floats(count, 13);
-    ExactArray<float> residual(count, 0.0F);
+    ExactArray<float> sum(count, 0.0F);
     ExactArray<float> y(count, -1.0F);
-    std::copy(before.begin(), before.end(), residual.data());
     RmsNormParams params{
         .input = x.data(),
         .weight = weight.data(),
         .output = y.data(),
-        .residual = residual.data(),
+        .residual = before.data(),
+        .sum = sum.data(),
         .activation_dtype = DType::kFloat32,
         .num_rows = kRows,
         .num_features = features,
@@ -296,7 +297,7 @@ TEST_F(RmsNorm, NormalisesTheSumWithTheResidual) {
       sums[static_cast<size_t>(i)] = before[static_cast<size_t>(i)] +
                                      x[static_cast<size_t>(i / features * stride + i % features)];
     }
-    EXPECT_TRUE(std::equal(sums.begin(), sums.end(), residual.data()));
+    EXPECT_TRUE(std::equal(sums.begin(), sums.end(), sum.data()));
     std::vector<float> wanted(static_cast<size_t>(count));
     params.input = sums.data();
     params.output = wanted.data();

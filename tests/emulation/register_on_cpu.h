@@ -1,4 +1,4 @@
-// Included before each cuda.cpp of csrc/bindings/ops: the ops they register for CUDA become the ops
+// Included before each cuda.cpp of csrc/ops: the ops they register for CUDA become the ops
 // of CPU tensors in a process that loads the library.
 #pragma once
 

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <string_view>
 
-#include "csrc/bindings/checks.h"
+#include "csrc/ops/checks.h"
 
 namespace py = pybind11;
 
@@ -70,12 +70,12 @@ void IntArray::view_tensor(const at::Tensor& tensor) {
   if (tensor.is_neg()) fail("a negative view (resolve_neg() makes it an array)");
   if (has_indirection(tensor)) fail("a tensor that is not dense memory");
   const at::ScalarType dtype = tensor.scalar_type();
-  if (dtype != at::kInt && dtype != at::kLong) fail(describe(tensor));
-  if (tensor.dim() != 1) fail(describe(tensor));
+  if (dtype != at::kInt && dtype != at::kLong) fail(ops::describe(tensor));
+  if (tensor.dim() != 1) fail(ops::describe(tensor));
   if (!tensor.is_contiguous()) {
-    fail(describe(tensor) + " with stride " + std::to_string(tensor.stride(0)));
+    fail(ops::describe(tensor) + " with stride " + std::to_string(tensor.stride(0)));
   }
-  if (!has_memory(tensor)) fail(describe(tensor) + " without memory");
+  if (!has_memory(tensor)) fail(ops::describe(tensor) + " without memory");
   storage_ = tensor.storage();
   data_ = tensor.const_data_ptr();
   size_ = tensor.numel();

@@ -65,6 +65,7 @@ struct IndexObject {
 
 void bind_pages(pybind11::module_& module);    // PagePool, SequenceTable
 void bind_indexes(pybind11::module_& module);  // RadixTree, NgramIndex
+void bind_layers(pybind11::module_& module);   // LayerStack
 void bind_info(pybind11::module_& module);     // build_info, cpu_isa
 
 }  // namespace skv::bindings

@@ -157,6 +157,7 @@ class Pass {
         .weight = weight,
         .output = output,
         .residual = nullptr,
+        .sum = nullptr,
         .activation_dtype = DType::kFloat32,
         .num_rows = batch_.num_rows * heads,
         .num_features = model_.head_dim,

@@ -40,11 +40,11 @@ __device__ __forceinline__ float sum_of_squares(const Eight& eight, float sum) {
 
 struct Row {
   int64_t input;   // its first element in the input
-  int64_t output;  // its first element in the output and in the residual
+  int64_t output;  // its first element in the output, the residual and the sum
 };
 
 // What is normalised, from feature i on: with a residual, their sum, rounded to its dtype and
-// written back.
+// written.
 __device__ __forceinline__ Eight take(const RmsNormParams& params, const Row& row, int64_t i,
                                       Extent extent) {
   const DType dtype = params.activation_dtype;
@@ -53,7 +53,7 @@ __device__ __forceinline__ Eight take(const RmsNormParams& params, const Row& ro
   const Eight before = load8(params.residual, dtype, row.output + i, extent);
 #pragma unroll
   for (int j = 0; j < kEight; ++j) x.values[j] = rounded(before.values[j] + x.values[j], dtype);
-  store8(params.residual, dtype, row.output + i, extent, x);
+  store8(params.sum, dtype, row.output + i, extent, x);
   return x;
 }
 
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const Extent extent = extent_of(i, end, is_vector);
     const Eight x = params.residual == nullptr
                         ? load8(params.input, params.activation_dtype, row.input + i, extent)
-                        : load8(params.residual, params.activation_dtype, row.output + i, extent);
+                        : load8(params.sum, params.activation_dtype, row.output + i, extent);
     write(params, row, i, extent, x, scale);
   }
 }
@@ -100,6 +100,7 @@ bool is_vectorized(const RmsNormParams& params) {
   const int64_t outer_rows = ceil_div(params.num_rows, params.inner_rows);
   return params.num_features % kEight == 0 && is_aligned(params.weight, 16) &&
          is_aligned(params.output, 16) && is_aligned(params.residual, 16) &&
+         is_aligned(params.sum, 16) &&
          rows_are_aligned(params.input, dtype, params.inner_stride, params.inner_rows) &&
          rows_are_aligned(params.input, dtype, params.outer_stride, outer_rows);
 }

@@ -302,21 +302,25 @@ class LlamaModel:
         last = len(self.weights.layers) - 1
         change: Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
-            qkv = layer.qkv(self._add_and_norm(x, change, layer.attn_norm))
+            normalised, x = self._add_and_norm(x, change, layer.attn_norm)
+            qkv = layer.qkv(normalised)
             attended = self._attend(layer, qkv, batch, cache, index)
             if index == last:
                 x = x.index_select(0, batch.logit_rows)
                 attended = attended.index_select(0, batch.logit_rows)
             change = layer.o(attended)
-            change = layer.down(layer.gate_up(self._add_and_norm(x, change, layer.ffn_norm)))
-        return x if change is None else x.add_(change)
+            normalised, x = self._add_and_norm(x, change, layer.ffn_norm)
+            change = layer.down(layer.gate_up(normalised))
+        return x if change is None else x + change
 
-    def _add_and_norm(self, x: Tensor, change: Tensor | None, weight: Tensor) -> Tensor:
-        """Adds `change` to x in place and returns the norm of the sum, in one pass."""
+    def _add_and_norm(
+        self, x: Tensor, change: Tensor | None, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of the sum of x and `change`, and that sum, in one pass."""
         eps = self.config.rms_norm_eps
         if change is None:
-            return ops.rms_norm(x, weight, eps)
-        return ops.rms_norm(change, weight, eps, residual=x)
+            return ops.rms_norm(x, weight, eps), x
+        return ops.add_rms_norm(change, x, weight, eps)
 
     def _attend(
         self, layer: LayerWeights, qkv: Tensor, batch: Batch, cache: LayeredCache, index: int

@@ -1,4 +1,4 @@
-"""The ops of `torch.ops.stateful_kv`: one documented function each, its fake kernel right below.
+"""The ops of `torch.ops.stateful_kv`: one documented function each.
 
 Symbols: S sequences, N new tokens of all sequences together, H query heads, Hk KV heads, D head
 dimension, P pages in the pool, B page_size, M pages a sequence has at most, K input features,
@@ -12,30 +12,24 @@ Rules that hold for every op:
 - Values of ids, offsets and lengths are checked on the CPU only; on CUDA they are trusted.
 - The ops are for inference: a tensor that requires grad is refused unless grad mode is off.
 - An op that writes into its arguments returns None; the others return fresh tensors.
+- While torch.compile or torch.export trace an op, dtypes, shapes and strides are checked by the same
+  code, so a wrong call fails there with the same message.
 """
 
 from __future__ import annotations
 
-import torch
-
 import stateful_kv._native  # noqa: F401  (loads the library that registers the ops)
-from stateful_kv.ops._fake import FAKE_KERNELS
 from stateful_kv.ops.attention import paged_attention, shared_prefix_attention
 from stateful_kv.ops.choose import argmax, sample, verify_draft
 from stateful_kv.ops.kv import append_kv, copy_pages, rope_append_kv
 from stateful_kv.ops.linear import LAYER_TENSORS, decoder_layers, linear_top_k, quantized_linear
 from stateful_kv.ops.loop import FilledRows, advance_sequences, fill_rows, ngram_lookup
-from stateful_kv.ops.rows import rms_norm, silu_mul
-
-# csrc/bindings/library.cpp tells torch that the fake kernels are in `stateful_kv.ops`, so that
-# torch can say what to import where they are missing. Torch then accepts them from this very module
-# only, so they are registered here and not in the modules that define them.
-for _op, _kernel in FAKE_KERNELS.items():
-    torch.library.register_fake(f"stateful_kv::{_op}", _kernel)
+from stateful_kv.ops.rows import add_rms_norm, rms_norm, silu_mul
 
 __all__ = [
     "LAYER_TENSORS",
     "FilledRows",
+    "add_rms_norm",
     "advance_sequences",
     "append_kv",
     "argmax",

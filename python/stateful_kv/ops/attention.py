@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stateful_kv.ops._fake import check_devices, fake
-
 _ops = torch.ops.stateful_kv
 
 
@@ -69,33 +67,6 @@ def paged_attention(
     return result
 
 
-@fake("paged_attention")
-def _(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    query_offsets: Tensor,
-    scale: float,
-    sliding_window: int = 0,
-    soft_cap: float = 0.0,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> Tensor:
-    check_devices(
-        "paged_attention",
-        q.device,
-        k_pool=k_pool,
-        v_pool=v_pool,
-        page_table=page_table,
-        seq_lens=seq_lens,
-        query_offsets=query_offsets,
-        k_scales=k_scales,
-        v_scales=v_scales,
-    )
-    return q.new_empty(q.shape)
-
 
 def shared_prefix_attention(
     q: Tensor,
@@ -155,35 +126,3 @@ def shared_prefix_attention(
         v_scales,
     )
     return result
-
-
-@fake("shared_prefix_attention")
-def _(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    query_offsets: Tensor,
-    group_offsets: Tensor,
-    prefix_lens: Tensor,
-    scale: float,
-    sliding_window: int = 0,
-    soft_cap: float = 0.0,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> Tensor:
-    check_devices(
-        "shared_prefix_attention",
-        q.device,
-        k_pool=k_pool,
-        v_pool=v_pool,
-        page_table=page_table,
-        seq_lens=seq_lens,
-        query_offsets=query_offsets,
-        group_offsets=group_offsets,
-        prefix_lens=prefix_lens,
-        k_scales=k_scales,
-        v_scales=v_scales,
-    )
-    return q.new_empty(q.shape)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stateful_kv.ops._fake import check_devices, fake
-
 _ops = torch.ops.stateful_kv
 
 
@@ -24,12 +22,6 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     result: tuple[Tensor, Tensor] = _ops.argmax.default(logits)
     return result
 
-
-@fake("argmax")
-def _(logits: Tensor) -> tuple[Tensor, Tensor]:
-    rows = logits.shape[0]
-    ids = logits.new_empty(rows, dtype=torch.int64)
-    return ids, logits.new_empty(rows, dtype=torch.float32)
 
 
 def sample(
@@ -76,30 +68,6 @@ def sample(
     return result
 
 
-@fake("sample")
-def _(
-    logits: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    temperatures: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-) -> tuple[Tensor, Tensor]:
-    check_devices(
-        "sample",
-        logits.device,
-        seeds=seeds,
-        positions=positions,
-        temperatures=temperatures,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-    )
-    rows = logits.shape[0]
-    ids = logits.new_empty(rows, dtype=torch.int64)
-    return ids, logits.new_empty(rows, dtype=torch.float32)
-
 
 def verify_draft(
     draft_ids: Tensor, target_ids: Tensor, draft_offsets: Tensor
@@ -119,15 +87,3 @@ def verify_draft(
     """
     result: tuple[Tensor, Tensor] = _ops.verify_draft.default(draft_ids, target_ids, draft_offsets)
     return result
-
-
-@fake("verify_draft")
-def _(draft_ids: Tensor, target_ids: Tensor, draft_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    check_devices(
-        "verify_draft", draft_ids.device, target_ids=target_ids, draft_offsets=draft_offsets
-    )
-    num_sequences = draft_offsets.shape[0] - 1
-    return (
-        draft_ids.new_empty(num_sequences, dtype=torch.int32),
-        draft_ids.new_empty(num_sequences),
-    )

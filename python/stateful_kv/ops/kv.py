@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stateful_kv.ops._fake import check_devices, fake
-
 _ops = torch.ops.stateful_kv
 
 
@@ -36,27 +34,6 @@ def append_kv(
     """
     _ops.append_kv.default(k, v, slots, k_pool, v_pool, k_scales, v_scales)
 
-
-@fake("append_kv")
-def _(
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> None:
-    check_devices(
-        "append_kv",
-        k_pool.device,
-        k=k,
-        v=v,
-        slots=slots,
-        v_pool=v_pool,
-        k_scales=k_scales,
-        v_scales=v_scales,
-    )
 
 
 def rope_append_kv(
@@ -94,33 +71,6 @@ def rope_append_kv(
     )
 
 
-@fake("rope_append_kv")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    slots: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> None:
-    check_devices(
-        "rope_append_kv",
-        k_pool.device,
-        q=q,
-        k=k,
-        v=v,
-        positions=positions,
-        cos_sin=cos_sin,
-        slots=slots,
-        v_pool=v_pool,
-        k_scales=k_scales,
-        v_scales=v_scales,
-    )
-
 
 def copy_pages(
     page_copies: Tensor,
@@ -140,21 +90,3 @@ def copy_pages(
         v_scales: as k_scales, of the values, memory of its own - written in place.
     """
     _ops.copy_pages.default(page_copies, k_pool, v_pool, k_scales, v_scales)
-
-
-@fake("copy_pages")
-def _(
-    page_copies: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> None:
-    check_devices(
-        "copy_pages",
-        k_pool.device,
-        page_copies=page_copies,
-        v_pool=v_pool,
-        k_scales=k_scales,
-        v_scales=v_scales,
-    )

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stateful_kv.ops._fake import check_devices, fake
-
 _ops = torch.ops.stateful_kv
 
 
@@ -64,31 +62,6 @@ def quantized_linear(
     return result
 
 
-@fake("quantized_linear")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    minimums: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_eps: float = 0.0,
-    silu_mul: bool = False,
-) -> Tensor:
-    check_devices(
-        "quantized_linear",
-        x.device,
-        weight=weight,
-        scales=scales,
-        minimums=minimums,
-        bias=bias,
-        residual=residual,
-        norm_weight=norm_weight,
-    )
-    return x.new_empty(x.shape[0], out_features // 2 if silu_mul else out_features)
-
 
 def linear_top_k(
     x: Tensor,
@@ -126,42 +99,6 @@ def linear_top_k(
     )
     return result
 
-
-@fake("linear_top_k")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    minimums: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    k: int,
-    norm_weight: Tensor | None = None,
-    norm_eps: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    check_devices(
-        "linear_top_k",
-        x.device,
-        weight=weight,
-        scales=scales,
-        minimums=minimums,
-        bias=bias,
-        norm_weight=norm_weight,
-    )
-    return x.new_empty(x.shape[0], k, dtype=torch.int64), x.new_empty(x.shape[0], k)
-
-
-# What `decoder_layers` reads of each layer, in this order.
-LAYER_TENSORS = (
-    "attn_norm",
-    *(f"qkv.{part}" for part in ("weight", "scales", "minimums", "bias")),
-    "q_norm",
-    "k_norm",
-    *(f"o.{part}" for part in ("weight", "scales", "minimums", "bias")),
-    "ffn_norm",
-    *(f"gate_up.{part}" for part in ("weight", "scales", "minimums", "bias")),
-    *(f"down.{part}" for part in ("weight", "scales", "minimums", "bias")),
-)
 
 
 def decoder_layers(
@@ -235,44 +172,4 @@ def decoder_layers(
         output,
         k_scales,
         v_scales,
-    )
-
-
-@fake("decoder_layers")
-def _(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    positions: Tensor,
-    cos_sin: Tensor,
-    slots: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    query_offsets: Tensor,
-    logit_rows: Tensor,
-    num_heads: int,
-    norm_eps: float,
-    scale: float,
-    sliding_window: int,
-    k_pools: Tensor,
-    v_pools: Tensor,
-    output: Tensor,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-) -> None:
-    check_devices(
-        "decoder_layers",
-        x.device,
-        positions=positions,
-        cos_sin=cos_sin,
-        slots=slots,
-        page_table=page_table,
-        seq_lens=seq_lens,
-        query_offsets=query_offsets,
-        logit_rows=logit_rows,
-        k_pools=k_pools,
-        v_pools=v_pools,
-        output=output,
-        k_scales=k_scales,
-        v_scales=v_scales,
-        **{f"weights[{i}]": weight for i, weight in enumerate(weights)},
     )

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stateful_kv.ops._fake import check_devices, fake
-
 _ops = torch.ops.stateful_kv
 
 
@@ -70,38 +68,6 @@ def fill_rows(
     )
 
 
-@fake("fill_rows")
-def _(
-    history: Tensor,
-    lengths: Tensor,
-    num_left: Tensor,
-    kv_limits: Tensor,
-    draft_ids: Tensor,
-    num_draft: Tensor,
-    page_table: Tensor,
-    page_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_devices(
-        "fill_rows",
-        history.device,
-        lengths=lengths,
-        num_left=num_left,
-        kv_limits=kv_limits,
-        draft_ids=draft_ids,
-        num_draft=num_draft,
-        page_table=page_table,
-    )
-    num_sequences = history.shape[0]
-    num_rows = num_sequences * (draft_ids.shape[1] + 1)
-    return (
-        history.new_empty(num_rows, dtype=torch.int64),
-        history.new_empty(num_rows),
-        history.new_empty(num_rows, dtype=torch.int64),
-        history.new_empty(num_sequences),
-        history.new_empty(num_sequences + 1),
-        history.new_empty(num_rows, dtype=torch.int64),
-    )
-
 
 def advance_sequences(
     token_ids: Tensor,
@@ -147,31 +113,6 @@ def advance_sequences(
     )
 
 
-@fake("advance_sequences")
-def _(
-    token_ids: Tensor,
-    target_ids: Tensor,
-    target_values: Tensor,
-    query_offsets: Tensor,
-    stop_ids: Tensor,
-    history: Tensor,
-    lengths: Tensor,
-    num_left: Tensor,
-    counts: Tensor,
-) -> None:
-    check_devices(
-        "advance_sequences",
-        token_ids.device,
-        target_ids=target_ids,
-        target_values=target_values,
-        query_offsets=query_offsets,
-        stop_ids=stop_ids,
-        history=history,
-        lengths=lengths,
-        num_left=num_left,
-        counts=counts,
-    )
-
 
 def ngram_lookup(
     tokens: Tensor,
@@ -206,20 +147,3 @@ def ngram_lookup(
         tokens, offsets, min_n, max_n, max_draft, lengths
     )
     return result
-
-
-@fake("ngram_lookup")
-def _(
-    tokens: Tensor,
-    offsets: Tensor,
-    min_n: int,
-    max_n: int,
-    max_draft: int,
-    lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    check_devices("ngram_lookup", tokens.device, offsets=offsets, lengths=lengths)
-    num_sequences = offsets.shape[0] - 1
-    return (
-        tokens.new_empty(num_sequences, max_draft, dtype=torch.int32),
-        tokens.new_empty(num_sequences, dtype=torch.int32),
-    )

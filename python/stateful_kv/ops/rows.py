@@ -5,36 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stateful_kv.ops._fake import check_devices, fake
-
 _ops = torch.ops.stateful_kv
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of the last dimension: x / sqrt(mean(x^2) + eps) * weight.
-
-    With a residual, x is added to it first, rounded once to its dtype, and the sum is what is
-    normalised: `residual += x; return rms_norm(residual, weight, eps)` in one pass. It is the one
-    op that writes an argument and returns a result.
 
     Args:
         x: float32[..., E] (CUDA: also float16, bfloat16), E contiguous, the leading dimensions
             folding into at most two strides - so the heads of a fused projection are read in place.
         weight: float32[E], contiguous.
         eps: a number >= 0 that float32 can hold.
-        residual: dtype and shape of x, contiguous, memory of its own, or None - written in place.
 
     Returns:
         Dtype and shape of x, contiguous.
     """
-    result: Tensor = _ops.rms_norm.default(x, weight, eps, residual)
+    result: Tensor = _ops.rms_norm.default(x, weight, eps)
     return result
 
 
-@fake("rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    check_devices("rms_norm", x.device, weight=weight, residual=residual)
-    return x.new_empty(x.shape)
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of the sum of an input and the residual it is added to, in one pass.
+
+    Args:
+        x: as in `rms_norm`.
+        residual: dtype and shape of x, contiguous.
+        weight: as in `rms_norm`.
+        eps: as in `rms_norm`.
+
+    Returns:
+        normalised: `rms_norm(sum, weight, eps)`, bit for bit; dtype and shape of x, contiguous.
+        sum: residual + x, rounded once to their dtype, contiguous - the next residual.
+    """
+    result: tuple[Tensor, Tensor] = _ops.add_rms_norm.default(x, residual, weight, eps)
+    return result
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -48,8 +52,3 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """
     result: Tensor = _ops.silu_mul.default(gate_up)
     return result
-
-
-@fake("silu_mul")
-def _(gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)

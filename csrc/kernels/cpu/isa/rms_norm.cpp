@@ -12,12 +12,12 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 1 << 15;
 
-SKV_INLINE void add_to(float* sum, const float* x, int64_t count) {
+SKV_INLINE void add(const float* residual, const float* x, float* sum, int64_t count) {
   int64_t i = 0;
   for (; i + Vec::kWidth <= count; i += Vec::kWidth) {
-    (Vec::load(sum + i) + Vec::load(x + i)).store(sum + i);
+    (Vec::load(residual + i) + Vec::load(x + i)).store(sum + i);
   }
-  for (; i < count; ++i) sum[i] += x[i];
+  for (; i < count; ++i) sum[i] = residual[i] + x[i];
 }
 
 }  // namespace
@@ -31,8 +31,8 @@ void rms_norm(const RmsNormParams& params, ParallelFor parallel_for) {
                        row / params.inner_rows * params.outer_stride +
                        row % params.inner_rows * params.inner_stride;
       if (params.residual != nullptr) {
-        float* sum = static_cast<float*>(params.residual) + row * count;
-        add_to(sum, x, count);
+        float* sum = static_cast<float*>(params.sum) + row * count;
+        add(static_cast<const float*>(params.residual) + row * count, x, sum, count);
         x = sum;
       }
       normalise_row(x, params.weight, params.epsilon,
