@@ -2,8 +2,8 @@
 """Checks which layer includes or imports which (docs/architecture.md); Python layers: lint-imports.
 
 Core is the C++ standard library, but for what the thread pool needs of the system. Kernels see four
-small headers of core and no torch. Bindings are the only folder with torch and pybind11; the ops
-among them know no state objects.
+small headers of core and no torch. Ops know torch, but neither Python nor state objects; bindings
+are the only folder with Python and pybind11.
 Only stateful_kv/ops touches `torch.ops`, and the references of the tests use none of our code.
 """
 
@@ -14,25 +14,29 @@ from pathlib import Path
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 CPP_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
-FRAMEWORK = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
+TORCH = re.compile(r"^(torch|ATen|c10|caffe2)/")
+PYTHON = re.compile(r"^pybind11/|^Python\.h$|^torch/csrc/(utils/pybind|Exceptions)\.h$")
 CUDA_TOOLKIT = re.compile(r"^(cuda|cub/|cute/|cutlass/|thrust/|mma\.h|cooperative_groups)")
 CORE_FOR_KERNELS = {"ids.h", "function_ref.h", "parallel_for.h", "assert.h"}
+CORE_FOR_OPS = {"parallel_for.h", "thread_pool.h"}
 # Headers of the C++ standard library have no suffix and no folder.
 STANDARD_HEADER = re.compile(r"^[a-z_]+$")
 SYSTEM_HEADERS = {"csrc/core/thread_pool.cpp": {"pthread.h", "immintrin.h"}}
 OPS = "python/stateful_kv/ops"
-FOLDERS = ("csrc/core", "csrc/kernels", "csrc/bindings", "tests/cpp")
+FOLDERS = ("csrc/core", "csrc/kernels", "csrc/ops", "csrc/bindings", "tests/cpp")
 
 
 def include_error(folder: str, path: Path, quoted: bool, name: str) -> str | None:
     """Why a file of `folder` may not include `name`, or None."""
-    if folder != "csrc/bindings" and FRAMEWORK.match(name):
-        return "only csrc/bindings includes torch, pybind11 or Python headers"
-    if folder == "csrc/bindings" and name.startswith("ATen/cuda"):
+    if folder != "csrc/bindings" and PYTHON.match(name):
+        return "only csrc/bindings includes pybind11 or Python headers"
+    if folder not in ("csrc/ops", "csrc/bindings") and TORCH.match(name):
+        return "only csrc/ops and csrc/bindings include torch"
+    if name.startswith("ATen/cuda"):
         return "ATen/cuda needs cuBLAS and cuSPARSE headers; use c10/cuda"
     is_cuda_file = "cuda" in path.parts or "cuda" in path.stem.split("_")
     if CUDA_TOOLKIT.match(name) and not is_cuda_file:
-        return "CUDA headers belong to csrc/kernels/cuda and the cuda files of bindings"
+        return "CUDA headers belong to csrc/kernels/cuda and the cuda files of ops"
     if not quoted:
         allowed = STANDARD_HEADER.match(name) or name in SYSTEM_HEADERS.get(path.as_posix(), set())
         if folder == "csrc/core" and not allowed:
@@ -48,12 +52,13 @@ def include_error(folder: str, path: Path, quoted: bool, name: str) -> str | Non
             return f"of core, kernels include only {', '.join(sorted(CORE_FOR_KERNELS))}"
         if layer not in ("core", "kernels"):
             return f"kernels do not know csrc/{layer}"
-    if path.as_posix().startswith("csrc/bindings/ops/") and (
-        name.startswith(("csrc/core/", "csrc/bindings/state/"))
-    ):
+    is_of_state = name.startswith(("csrc/core/", "csrc/bindings/")) and (
+        name.removeprefix("csrc/core/") not in CORE_FOR_OPS
+    )
+    if folder == "csrc/ops" and is_of_state:
         return "ops see no state objects: page tables and offsets come as tensors"
-    if folder == "tests/cpp" and name.startswith("csrc/bindings/"):
-        return "C++ tests build without the bindings"
+    if folder == "tests/cpp" and name.startswith(("csrc/ops/", "csrc/bindings/")):
+        return "C++ tests build without torch"
     return None
 
 

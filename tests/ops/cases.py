@@ -51,8 +51,12 @@ def _shared_prefix_attention() -> Arguments:
 
 
 def _rms_norm() -> Arguments:
+    return {"x": torch.randn(3, 40), "weight": torch.randn(40), "eps": 1e-5}
+
+
+def _add_rms_norm() -> Arguments:
     x, residual = torch.randn(2, 3, 40)
-    return {"x": x, "weight": torch.randn(40), "eps": 1e-5, "residual": residual.clone()}
+    return {"x": x, "residual": residual, "weight": torch.randn(40), "eps": 1e-5}
 
 
 def _rope_append_kv() -> Arguments:
@@ -235,9 +239,10 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
         "Tensor? v_scales=None) -> Tensor",
         _shared_prefix_attention,
     ),
-    "rms_norm": (
-        "(Tensor x, Tensor weight, float eps, Tensor(a!)? residual=None) -> Tensor",
-        _rms_norm,
+    "rms_norm": ("(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm),
+    "add_rms_norm": (
+        "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normalised, Tensor sum)",
+        _add_rms_norm,
     ),
     "rope_append_kv": (
         "(Tensor(a!) q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, Tensor slots, "
@@ -300,7 +305,6 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
 WRITTEN = {
     "append_kv": ("k_pool", "v_pool"),
     "copy_pages": ("k_pool", "v_pool"),
-    "rms_norm": ("residual",),
     "rope_append_kv": ("q", "k_pool", "v_pool"),
     "decoder_layers": ("k_pools", "v_pools", "output"),
     "advance_sequences": ("history", "lengths", "num_left", "counts"),

@@ -51,6 +51,7 @@ INTEGERS: dict[str, tuple[str, ...]] = {
         *("prefix_lens", "sliding_window"),
     ),
     "rms_norm": (),
+    "add_rms_norm": (),
     "rope_append_kv": ("positions", "slots"),
     "rope_append_kv int8": ("positions", "slots", "k_pool", "v_pool"),
     "silu_mul": (),

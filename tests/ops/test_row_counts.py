@@ -71,7 +71,7 @@ def test_rms_norm(width: int, set_num_threads: SetThreads) -> None:
     check_every_row_count(lambda rows: ops.rms_norm(x[rows], weight, 1e-5), set_num_threads)
     before = torch.randn(MOST, width)
     check_every_row_count(
-        lambda rows: ops.rms_norm(x[rows], weight, 1e-5, before[rows].clone()), set_num_threads
+        lambda rows: ops.add_rms_norm(x[rows], before[rows], weight, 1e-5)[0], set_num_threads
     )
 
 

@@ -1,4 +1,4 @@
-"""rms_norm and silu_mul: near float64, and the same bits for a row in any company."""
+"""rms_norm, add_rms_norm and silu_mul: near float64, and the same bits for a row in any company."""
 
 from __future__ import annotations
 
@@ -60,32 +60,33 @@ def test_rms_norm_strided_rows(device: torch.device) -> None:
 
 @pytest.mark.isa
 @pytest.mark.parametrize("width", [*WIDTHS, 2048, 8192, 8200])
-def test_rms_norm_of_the_sum_with_a_residual(device: torch.device, width: int) -> None:
-    x, before = torch.randn(2, 5, width, device=device)
+def test_add_rms_norm(device: torch.device, width: int) -> None:
+    x, residual = torch.randn(2, 5, width, device=device)
     weight = torch.randn(width, device=device)
-    residual = before.clone()
-    output = ops.rms_norm(x, weight, 1e-5, residual)
-    assert_same_bits(residual, before + x, "residual")
-    assert_same_bits(output, ops.rms_norm(residual, weight, 1e-5), "output")
-    reference = elementwise.rms_norm(to_numpy64(before) + to_numpy64(x), to_numpy64(weight), 1e-5)
-    plain = plain_torch.rms_norm(before + x, weight, 1e-5)
+    output, total = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert_same_bits(total, residual + x, "sum")
+    assert_same_bits(output, ops.rms_norm(total, weight, 1e-5), "output")
+    reference = elementwise.rms_norm(to_numpy64(residual) + to_numpy64(x), to_numpy64(weight), 1e-5)
+    plain = plain_torch.rms_norm(residual + x, weight, 1e-5)
     assert_close_to_reference(output, reference, plain, floor=5e-7)
 
 
-def test_rms_norm_residual_of_strided_rows(device: torch.device) -> None:
-    wide, before = torch.randn(2, 11, 3, 72, device=device)
+def test_add_rms_norm_of_strided_rows(device: torch.device) -> None:
+    wide, residual = torch.randn(2, 11, 3, 72, device=device)
     weight = torch.randn(64, device=device)
-    x, before = wide[:, :2, 4:68], before[:, :2, :64].contiguous()
-    residual = before.clone()
-    output = ops.rms_norm(x, weight, 1e-5, residual)
-    assert_same_bits(residual, before + x)
-    assert_same_bits(output, ops.rms_norm(before + x, weight, 1e-5))
-    alone = before.clone()
+    x, residual = wide[:, :2, 4:68], residual[:, :2, :64].contiguous()
+    output, total = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert_same_bits(total, residual + x)
+    assert_same_bits(output, ops.rms_norm(residual + x, weight, 1e-5))
     for row in range(11):
-        single = ops.rms_norm(x[row], weight, 1e-5, alone[row])
+        single, single_sum = ops.add_rms_norm(x[row], residual[row], weight, 1e-5)
         assert_same_bits(single, output[row])
-    assert_same_bits(alone, residual)
-    assert ops.rms_norm(x[:0], weight, 1e-5, before[:0]).shape == (0, 2, 64)
+        assert_same_bits(single_sum, total[row])
+    for empty in ops.add_rms_norm(x[:0], residual[:0], weight, 1e-5):
+        assert empty.shape == (0, 2, 64)
+    doubled, total = ops.add_rms_norm(residual, residual, weight, 1e-5)  # the same memory
+    assert_same_bits(total, 2 * residual)
+    assert_same_bits(doubled, ops.rms_norm(2 * residual, weight, 1e-5))
 
 
 def test_rms_norm_of_zeros_is_zero(device: torch.device) -> None:

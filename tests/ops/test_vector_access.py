@@ -46,32 +46,30 @@ def shifted(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rms_norm(device: torch.device, dtype: torch.dtype, width: int) -> None:
-    x, before = torch.randn(2, 5, width, device=device).to(dtype)
+    x, residual = torch.randn(2, 5, width, device=device).to(dtype)
     weight = torch.randn(width, device=device)
-    residual = before.clone()
-    output = ops.rms_norm(x, weight, 1e-5, residual)
+    output, total = ops.add_rms_norm(x, residual, weight, 1e-5)
     assert output.dtype == dtype
-    assert_same_bits(residual, before + x, "residual")
-    assert_same_bits(output, ops.rms_norm(residual, weight, 1e-5), "output")
-    reference = elementwise.rms_norm(to_numpy64(residual), to_numpy64(weight), 1e-5)
-    plain = plain_torch.rms_norm(residual.float(), weight, 1e-5).to(dtype)
+    assert_same_bits(total, residual + x, "sum")
+    assert_same_bits(output, ops.rms_norm(total, weight, 1e-5), "output")
+    reference = elementwise.rms_norm(to_numpy64(total), to_numpy64(weight), 1e-5)
+    plain = plain_torch.rms_norm(total.float(), weight, 1e-5).to(dtype)
     assert_close_to_reference(output, reference, plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rms_norm_at_any_address(device: torch.device, dtype: torch.dtype, width: int) -> None:
-    x, before = torch.randn(2, 3, width, device=device).to(dtype)
+    x, residual = torch.randn(2, 3, width, device=device).to(dtype)
     weight = torch.randn(width, device=device)
-    expected_sum = before.clone()
-    expected = ops.rms_norm(x, weight, 1e-5, expected_sum)
-    for move_x, move_weight, move_residual in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)):
-        residual = shifted(before) if move_residual else before.clone()
-        output = ops.rms_norm(
-            shifted(x) if move_x else x, shifted(weight) if move_weight else weight, 1e-5, residual
-        )
-        assert_same_bits(output, expected)
-        assert_same_bits(residual, expected_sum)
+    expected = ops.add_rms_norm(x, residual, weight, 1e-5)
+    for moved in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)):
+        arguments = [
+            shifted(argument) if is_moved else argument
+            for argument, is_moved in zip((x, residual, weight), moved, strict=True)
+        ]
+        for actual, like in zip(ops.add_rms_norm(*arguments, 1e-5), expected, strict=True):
+            assert_same_bits(actual, like)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

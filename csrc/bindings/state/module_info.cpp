@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "csrc/bindings/state/state_objects.h"
-#include "csrc/kernels/cpu/select_isa.h"
+#include "csrc/ops/cpu_isas.h"
 
 namespace py = pybind11;
 
@@ -40,15 +40,13 @@ std::vector<std::string> split_list(const std::string& joined) {
 }
 
 py::dict build_info() {
-  std::vector<std::string> isas;
-  for (const std::string_view name : cpu::built_isas()) isas.emplace_back(name);
   py::dict info;
   info["version"] = SKV_PROJECT_VERSION;
   info["torch"] = SKV_TORCH_VERSION;
   info["compiler"] = compiler_name();
   info["cuda"] = kHasCuda;
   info["cuda_archs"] = split_list(kCudaArchs);
-  info["cpu_isas"] = isas;
+  info["cpu_isas"] = ops::cpu_isas().built;
   return info;
 }
 
@@ -56,9 +54,9 @@ py::dict build_info() {
 
 void bind_info(py::module_& module) {
   module.def("build_info", &build_info);
-  module.def("cpu_isa", [] { return std::string(cpu::kernels().isa); });
+  module.def("cpu_isa", [] { return ops::cpu_isas().used; });
   // Empty unless STATEFUL_KV_CPU_ISA names a set that cannot be used.
-  module.def("cpu_isa_error", [] { return cpu::isa_error(); });
+  module.def("cpu_isa_error", [] { return ops::cpu_isas().error; });
 }
 
 }  // namespace skv::bindings

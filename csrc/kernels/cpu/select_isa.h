@@ -5,7 +5,6 @@
 #include <string_view>
 #include <vector>
 
-#include "csrc/kernels/api.h"
 #include "csrc/kernels/cpu/kernel_table.h"
 
 namespace skv::cpu {
@@ -13,13 +12,13 @@ namespace skv::cpu {
 // The chosen table. The environment variable STATEFUL_KV_CPU_ISA (generic, avx2, avx512)
 // overrides the choice; a name that is not built or that this CPU lacks is kept for isa_error()
 // and the best set is used.
-SKV_API const KernelTable& kernels();
+const KernelTable& kernels();
 
 // Why STATEFUL_KV_CPU_ISA could not be honoured; empty if it was, or is not set.
-SKV_API const std::string& isa_error();
+const std::string& isa_error();
 
 // Names built into this library, weakest first; those this CPU can run.
-SKV_API std::vector<std::string_view> built_isas();
+std::vector<std::string_view> built_isas();
 std::vector<std::string_view> supported_isas();
 
 }  // namespace skv::cpu

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "csrc/kernels/api.h"
+#include "csrc/ops/api.h"
 #include "csrc/ops/layers/decoder_args.h"
 
 namespace skv::ops {

@@ -67,7 +67,6 @@ def paged_attention(
     return result
 
 
-
 def shared_prefix_attention(
     q: Tensor,
     k_pool: Tensor,

@@ -23,7 +23,6 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return result
 
 
-
 def sample(
     logits: Tensor,
     seeds: Tensor,
@@ -66,7 +65,6 @@ def sample(
         logits, seeds, positions, temperatures, top_k, top_p, min_p
     )
     return result
-
 
 
 def verify_draft(

@@ -35,7 +35,6 @@ def append_kv(
     _ops.append_kv.default(k, v, slots, k_pool, v_pool, k_scales, v_scales)
 
 
-
 def rope_append_kv(
     q: Tensor,
     k: Tensor,
@@ -69,7 +68,6 @@ def rope_append_kv(
     _ops.rope_append_kv.default(
         q, k, v, positions, cos_sin, slots, k_pool, v_pool, k_scales, v_scales
     )
-
 
 
 def copy_pages(

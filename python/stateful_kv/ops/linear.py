@@ -62,7 +62,6 @@ def quantized_linear(
     return result
 
 
-
 def linear_top_k(
     x: Tensor,
     weight: Tensor,
@@ -99,6 +98,18 @@ def linear_top_k(
     )
     return result
 
+
+# What `decoder_layers` reads of each layer, in this order.
+LAYER_TENSORS = (
+    "attn_norm",
+    *(f"qkv.{part}" for part in ("weight", "scales", "minimums", "bias")),
+    "q_norm",
+    "k_norm",
+    *(f"o.{part}" for part in ("weight", "scales", "minimums", "bias")),
+    "ffn_norm",
+    *(f"gate_up.{part}" for part in ("weight", "scales", "minimums", "bias")),
+    *(f"down.{part}" for part in ("weight", "scales", "minimums", "bias")),
+)
 
 
 def decoder_layers(

@@ -68,7 +68,6 @@ def fill_rows(
     )
 
 
-
 def advance_sequences(
     token_ids: Tensor,
     target_ids: Tensor,
@@ -111,7 +110,6 @@ def advance_sequences(
         num_left,
         counts,
     )
-
 
 
 def ngram_lookup(
