@@ -11,11 +11,11 @@ namespace skv {
 // Row r of the input starts at (r / inner_rows) * outer_stride + (r % inner_rows) * inner_stride:
 // the heads of a fused qkv row are normalised where they are.
 struct RmsNormParams {
-  const void* input;    // [N, E], activation dtype, E contiguous
-  const float* weight;  // [E]
-  void* output;         // [N, E], activation dtype, contiguous
-  void* residual;       // [N, E], activation dtype, contiguous, or null: the input is added to it,
-                        // rounded once to its dtype, and the sum is what is normalised
+  const void* input;   // [N, E], activation dtype, E contiguous
+  const void* weight;  // [E], weight_dtype
+  void* output;        // [N, E], activation dtype, contiguous
+  void* residual;      // [N, E], activation dtype, contiguous, or null: the input is added to it,
+                       // rounded once to its dtype, and the sum is what is normalised
   DType activation_dtype;
   int64_t num_rows;      // N
   int64_t num_features;  // E
@@ -23,6 +23,7 @@ struct RmsNormParams {
   int64_t inner_stride;  // elements
   int64_t outer_stride;  // elements
   float epsilon;
+  DType weight_dtype = DType::kFloat32;
 };
 
 struct SiluMulParams {

@@ -12,12 +12,17 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 1 << 15;
 
-SKV_INLINE void add_to(float* sum, const float* x, int64_t count) {
-  int64_t i = 0;
-  for (; i + Vec::kWidth <= count; i += Vec::kWidth) {
-    (Vec::load(sum + i) + Vec::load(x + i)).store(sum + i);
-  }
-  for (; i < count; ++i) sum[i] += x[i];
+// residual += x, rounded once to its dtype.
+void add_to_residual(const OutputRow& residual, const Row& x, int64_t count) {
+  float wide_x[kRunLength];
+  float wide_sum[kRunLength];
+  for_runs(count, [&](int64_t at, int64_t size) {
+    const float* values = x.from(at).floats(size, wide_x);
+    float* sum = residual.place(at, wide_sum);
+    const float* before = Row{residual.data, residual.dtype}.from(at).floats(size, sum);
+    for (int64_t i = 0; i < size; ++i) sum[i] = before[i] + values[i];
+    residual.finish(sum, at, size);
+  });
 }
 
 }  // namespace
@@ -25,18 +30,21 @@ SKV_INLINE void add_to(float* sum, const float* x, int64_t count) {
 void rms_norm(const RmsNormParams& params, ParallelFor parallel_for) {
   const int64_t count = params.num_features;
   if (count == 0) return;
+  const Row input{params.input, params.activation_dtype};
+  const Row weight{params.weight, params.weight_dtype};
+  const int64_t row_bytes = count * element_size(params.activation_dtype);
   auto normalise_rows = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const float* x = static_cast<const float*>(params.input) +
-                       row / params.inner_rows * params.outer_stride +
-                       row % params.inner_rows * params.inner_stride;
+      Row x = input.from(row / params.inner_rows * params.outer_stride +
+                         row % params.inner_rows * params.inner_stride);
       if (params.residual != nullptr) {
-        float* sum = static_cast<float*>(params.residual) + row * count;
-        add_to(sum, x, count);
-        x = sum;
+        void* residual = static_cast<char*>(params.residual) + row * row_bytes;
+        add_to_residual({residual, params.activation_dtype}, x, count);
+        x.data = residual;
       }
-      normalise_row(x, params.weight, params.epsilon,
-                    static_cast<float*>(params.output) + row * count, count);
+      const OutputRow output{static_cast<char*>(params.output) + row * row_bytes,
+                             params.activation_dtype};
+      normalise_row(x, weight, params.epsilon, output, count);
     }
   };
   parallel_for(params.num_rows, 1 + kElementsPerThread / count, normalise_rows);
