@@ -14,7 +14,7 @@ namespace {
 // the keys of one sequence after those of another, and its caches are too small for a prefix.
 at::Tensor attend(const OpCheck& check, const PagedAttentionArgs& args,
                   const SharedPrefixArgs* prefixes) {
-  const KvLayout layout = check_attention(check, args, prefixes, {at::kFloat});
+  const KvLayout layout = check_attention(check, args, prefixes, kPoolDtypes);
   check_attention_head_dim(check, layout);
   check_attention_values(check, args, prefixes, layout);
   const at::Tensor output = empty_attention_output(args);

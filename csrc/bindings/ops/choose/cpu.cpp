@@ -22,7 +22,7 @@ namespace {
 
 std::tuple<at::Tensor, at::Tensor> argmax_cpu(const at::Tensor& logits) {
   const OpCheck check{"argmax", logits.device()};
-  const ArgmaxCall call = argmax_call(check, logits, {at::kFloat});
+  const ArgmaxCall call = argmax_call(check, logits, kPoolDtypes);
   cpu::kernels().argmax(call.params, torch_parallel_for);
   return call.results();
 }

@@ -21,9 +21,7 @@ inline AppendKvParams append_kv_params(const OpCheck& check, const at::Tensor& k
   check.own_memory("v_pool", v_pool, "k_pool", k_pool);
   check("slots", slots).dtype({at::kLong}).shape({{"N"}}).contiguous();
   check_written_scales(check, k_scales, v_scales, k_pool, v_pool);
-  const bool is_quantized = k_pool.scalar_type() == at::kChar;
-  check_new_rows(check, "k", k, {at::kFloat, is_quantized ? at::kFloat : k_pool.scalar_type()},
-                 slots.numel(), layout);
+  check_new_rows(check, "k", k, kPoolDtypes, slots.numel(), layout);
   check_new_rows(check, "v", v, {k.scalar_type()}, slots.numel(), layout);
   return {
       .key = k.const_data_ptr(),

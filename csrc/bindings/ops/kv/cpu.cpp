@@ -29,7 +29,7 @@ void rope_append_kv_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tens
   const OpCheck check{"rope_append_kv", k_pool.device()};
   const RopeAppendKvArgs args{q,     k,      v,      positions, cos_sin,
                               slots, k_pool, v_pool, k_scales,  v_scales};
-  const KvLayout layout = check_rope_append_kv(check, args, {at::kFloat});
+  const KvLayout layout = check_rope_append_kv(check, args, kPoolDtypes);
   check_slot_values(check, slots, layout);
   check_positions(check, positions, cos_sin.size(0));
   cpu::kernels().rope_append_kv(params_of(args, layout), torch_parallel_for);

@@ -12,6 +12,12 @@ namespace skv::bindings {
 
 namespace {
 
+// Scratch for the input where it is normalised or widened, else undefined.
+at::Tensor float_input_of(const QuantizedLinearArgs& args) {
+  if (!args.norm_weight && args.x.scalar_type() == at::kFloat) return {};
+  return empty_tensor({args.x.size(0), args.x.size(1)}, at::kFloat, args.x);
+}
+
 at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
                                 const OptionalTensor& scales, const OptionalTensor& minimums,
                                 const OptionalTensor& bias, int64_t out_features,
@@ -22,10 +28,15 @@ at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
   check_quantized_linear(OpCheck{"quantized_linear", x.device()}, args);
   QuantizedLinearMemory memory;
   memory.sums = empty_tensor({x.size(0), out_features}, at::kFloat, x);
-  if (norm_weight) memory.normalised = empty_tensor({x.size(0), x.size(1)}, at::kFloat, x);
-  if (silu_mul) memory.activated = empty_tensor({x.size(0), out_features / 2}, at::kFloat, x);
+  memory.float_input = float_input_of(args);
+  if (silu_mul) {
+    memory.activated = empty_tensor({x.size(0), out_features / 2}, x.scalar_type(), x);
+  } else if (x.scalar_type() != at::kFloat) {
+    memory.rounded = empty_tensor({x.size(0), out_features}, x.scalar_type(), x);
+  }
   cpu::kernels().quantized_linear(params_of(args, memory), torch_parallel_for);
-  return silu_mul ? memory.activated : memory.sums;
+  if (silu_mul) return memory.activated;
+  return memory.rounded.defined() ? memory.rounded : memory.sums;
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_top_k_cpu(
@@ -41,7 +52,7 @@ std::tuple<at::Tensor, at::Tensor> linear_top_k_cpu(
   check.value("k", k <= out_features, "a number <= out_features", k);
 
   QuantizedLinearMemory memory;
-  if (norm_weight) memory.normalised = empty_tensor({x.size(0), x.size(1)}, at::kFloat, x);
+  memory.float_input = float_input_of(args);
   const int64_t num_lists = kTopKParts * std::min(kTopKBlockRows, x.size(0));
   const at::Tensor part_values = empty_tensor({num_lists, k}, at::kFloat, x);
   const at::Tensor part_ids = empty_tensor({num_lists, k}, at::kLong, x);

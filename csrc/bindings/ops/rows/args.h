@@ -29,13 +29,13 @@ inline RmsNormParams rms_norm_params(const OpCheck& check, const at::Tensor& x,
                                      const at::Tensor& weight, double eps,
                                      const OptionalTensor& residual, DtypeList dtypes) {
   check("x", x).dtype(dtypes).last_dim_contiguous();
-  check("weight", weight).dtype({at::kFloat}).shape({{"E", x.size(-1)}}).contiguous();
+  check("weight", weight).dtype(kPoolDtypes).shape({{"E", x.size(-1)}}).contiguous();
   check.float32("eps", eps);
   const FoldedRows rows = fold_rows(check, "x", x);
   if (residual.has_value()) check_residual(check, *residual, x, weight);
   return {
       .input = x.const_data_ptr(),
-      .weight = weight.const_data_ptr<float>(),
+      .weight = weight.const_data_ptr(),
       .output = nullptr,
       .residual = residual.has_value() ? residual->mutable_data_ptr() : nullptr,
       .activation_dtype = dtype_of(x),
@@ -45,6 +45,7 @@ inline RmsNormParams rms_norm_params(const OpCheck& check, const at::Tensor& x,
       .inner_stride = rows.inner_stride,
       .outer_stride = rows.outer_stride,
       .epsilon = static_cast<float>(eps),
+      .weight_dtype = dtype_of(weight),
   };
 }
 

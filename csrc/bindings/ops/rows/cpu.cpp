@@ -13,14 +13,14 @@ namespace {
 at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight, double eps,
                         const OptionalTensor& residual) {
   const OpCheck check{"rms_norm", x.device()};
-  const RmsNormCall call = rms_norm_call(check, x, weight, eps, residual, {at::kFloat});
+  const RmsNormCall call = rms_norm_call(check, x, weight, eps, residual, kPoolDtypes);
   cpu::kernels().rms_norm(call.params, torch_parallel_for);
   return call.output;
 }
 
 at::Tensor silu_mul_cpu(const at::Tensor& gate_up) {
   const OpCheck check{"silu_mul", gate_up.device()};
-  const SiluMulCall call = silu_mul_call(check, gate_up, {at::kFloat});
+  const SiluMulCall call = silu_mul_call(check, gate_up, kPoolDtypes);
   cpu::kernels().silu_mul(call.params, torch_parallel_for);
   return call.output;
 }
