@@ -18,7 +18,7 @@ struct AppendKvParams {
   float* k_scales;       // [P, Hk, B] for int8, else null
   float* v_scales;       // [P, Hk, B] for int8, else null
   KvLayout layout;
-  DType source_dtype;  // float32, or kv_dtype unless that is int8
+  DType source_dtype;  // not int8
   DType kv_dtype;
   int64_t num_rows;           // N
   int64_t key_row_stride;     // elements between rows of key

@@ -52,23 +52,31 @@ inline constexpr int64_t kPanelColumns = 16;
 inline constexpr int64_t kGroupSize = 32;
 
 struct QuantizedLinearParams {
-  const float* input;        // [N, K], K contiguous
-  const void* weight;        // fp32 [Np, K, 16] | int8 [Np, K, 16] | uint8 [Np, K/2, 16]
-  const float* scales;       // [Np, K/32, 16], null for fp32
-  const float* minimums;     // [Np, K/32, 16], 4-bit only
-  const float* bias;         // [out], or null
-  const float* residual;     // [N, out], contiguous, or null; added last
-  const float* norm_weight;  // [K], or null; then the input is normalised by its RMS first
-  float* normalised;         // [N, K], contiguous, scratch; null without norm_weight
-  float* sums;               // [N, out], contiguous; the output unless there is `activated`
-  float* activated;          // [N, out/2], contiguous, or null; silu(gate) * up of the sums, where
-                             // even panels of columns are gates and odd ones what they multiply
+  const void* input;        // [N, K], activation_dtype, K contiguous
+  const void* weight;       // fp32 [Np, K, 16] | int8 [Np, K, 16] | uint8 [Np, K/2, 16]
+  const float* scales;      // [Np, K/32, 16], null for fp32
+  const float* minimums;    // [Np, K/32, 16], 4-bit only
+  const void* bias;         // [out], bias_dtype, or null
+  const void* residual;     // [N, out], activation_dtype, contiguous, or null; added last
+  const void* norm_weight;  // [K], norm_weight_dtype, or null; then the input is normalised by its
+                            // RMS first
+  float* float_input;       // [N, K], contiguous, scratch for the input normalised or widened; null
+                            // if it is float32 and there is no norm_weight
+  float* sums;              // [N, out], contiguous; the output unless there is one of those below
+  void* activated;          // [N, out/2], activation_dtype, contiguous, or null; silu(gate) * up of
+                            // the sums, where even panels of columns are gates and odd ones what
+                            // they multiply
   WeightFormat format;
   int64_t num_rows;          // N
   int64_t in_features;       // K
   int64_t out_features;      // out; Np = ceil(out / 16)
   int64_t input_row_stride;  // elements between rows of input
   float norm_epsilon;
+  // [N, out], activation_dtype, contiguous, or null; the sums rounded to it
+  void* rounded = nullptr;
+  DType activation_dtype = DType::kFloat32;
+  DType bias_dtype = DType::kFloat32;
+  DType norm_weight_dtype = DType::kFloat32;
 };
 
 // Most parts that the columns are cut into for threads, and rows that go through them together.
@@ -77,7 +85,7 @@ inline constexpr int64_t kTopKBlockRows = 48;
 inline constexpr int64_t kMaxTopK = 64;
 
 struct LinearTopKParams {
-  QuantizedLinearParams linear;  // without residual, sums and activated
+  QuantizedLinearParams linear;  // without residual, sums, activated and rounded
   int64_t k;                     // 1 <= k <= kMaxTopK, k <= out
   int64_t* ids;          // [N, k], columns of the largest outputs: largest first, NaN before every
                          // number, of equals the lowest column first

@@ -12,7 +12,7 @@ namespace skv {
 // the heads of a fused qkv row are normalised where they are.
 struct RmsNormParams {
   const void* input;     // [N, E], activation dtype, E contiguous
-  const float* weight;   // [E]
+  const void* weight;    // [E], weight_dtype
   void* output;          // [N, E], activation dtype, contiguous
   const void* residual;  // [N, E], activation dtype, contiguous, or null: the input is added to it,
   void* sum;             // [N, E], rounded once to this dtype, and that sum is what is normalised
@@ -23,6 +23,7 @@ struct RmsNormParams {
   int64_t inner_stride;  // elements
   int64_t outer_stride;  // elements
   float epsilon;
+  DType weight_dtype = DType::kFloat32;
 };
 
 struct SiluMulParams {

@@ -33,7 +33,7 @@ namespace skv::ops {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using DtypeList = std::initializer_list<at::ScalarType>;
-inline constexpr DtypeList kPoolDtypes{at::kFloat, at::kHalf, at::kBFloat16};
+inline constexpr DtypeList kFloatDtypes{at::kFloat, at::kHalf, at::kBFloat16};
 inline constexpr DtypeList kKvDtypes{at::kFloat, at::kHalf, at::kBFloat16, at::kChar};
 inline constexpr DtypeList kIdDtypes{at::kInt, at::kLong};
 

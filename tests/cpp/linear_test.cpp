@@ -54,7 +54,7 @@ class Layer {
          .bias = has_extras ? bias_.data() : nullptr,
          .residual = has_extras ? residual_.data() + first * out : nullptr,
          .norm_weight = nullptr,
-         .normalised = nullptr,
+         .float_input = nullptr,
          .sums = output.data(),
          .activated = nullptr,
          .format = shape_.format,

@@ -58,6 +58,23 @@ def test_source_in_the_dtype_of_the_pool_is_copied(
     assert_same_bits(v_pool, expected_v)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("source_dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [30, 64])
+def test_source_in_another_dtype_is_rounded_once(
+    device: torch.device, source_dtype: torch.dtype, dtype: torch.dtype, head_dim: int
+) -> None:
+    k_pool, v_pool = make_pools(4, 2, 16, head_dim, dtype, device)
+    k, v = torch.randn(2, 9, 2, head_dim, device=device).to(source_dtype)
+    slots = random_slots(9, 4, 16).to(device)
+    expected_k, expected_v = (
+        expected_pool(pool, rows.float(), slots) for pool, rows in ((k_pool, k), (v_pool, v))
+    )
+    ops.append_kv(k, v, slots, k_pool, v_pool)
+    assert_same_bits(k_pool, expected_k)
+    assert_same_bits(v_pool, expected_v)
+
+
 def rounding_cases(dtype: torch.dtype) -> Tensor:
     """Every 16-bit value, every midpoint to the next one, and the floats around both."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)

@@ -313,7 +313,6 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
     "silu_mul": {
         "gate_up": {
             "dtype": dtype(F64),
-            "half": dtype(F16),
             "rank": flatter,
             "stride": spread,
             "odd": resize(1, 1),
@@ -406,7 +405,7 @@ BAD: dict[str, dict[str, dict[str, Change]]] = {
         },
     },
     "argmax": {
-        "logits": {"dtype": dtype(F64), "half": dtype(F16), "rank": flatter, "stride": spread},
+        "logits": {"dtype": dtype(F64), "rank": flatter, "stride": spread},
     },
     "sample": {
         "logits": {
@@ -494,16 +493,11 @@ BLAMED = {
     ("decoder_layers", "x", "size"): "slots",
 }
 
-# Changes that the CPU kernels refuse but the CUDA kernels accept.
-TAKEN_BY_CUDA = [("silu_mul", "gate_up", "half"), ("argmax", "logits", "half")]
-
 
 def marks_of(op: str, argument: str, label: str) -> list[pytest.MarkDecorator]:
     """Where CUDA differs."""
     if BAD[op][argument][label] in VALUE_CHANGES:
         return [pytest.mark.cpu_only("values in memory are not checked on CUDA")]
-    if (op, argument, label) in TAKEN_BY_CUDA:
-        return [pytest.mark.cpu_only("CUDA takes it")]
     return []
 
 

@@ -89,6 +89,18 @@ def test_add_rms_norm_of_strided_rows(device: torch.device) -> None:
     assert_same_bits(doubled, ops.rms_norm(2 * residual, weight, 1e-5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [17, 64, 576])
+def test_rms_norm_weight_of_another_dtype(
+    device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, width: int
+) -> None:
+    x = torch.randn(5, width, device=device).to(dtype)
+    weight = torch.randn(width, device=device).to(weight_dtype)
+    expected = ops.rms_norm(x, weight.float(), 1e-5)
+    assert_same_bits(ops.rms_norm(x, weight, 1e-5), expected)
+
+
 def test_rms_norm_of_zeros_is_zero(device: torch.device) -> None:
     x, weight = torch.zeros(3, 40, device=device), torch.randn(40, device=device)
     assert (ops.rms_norm(x, weight, 1e-5) == 0).all()

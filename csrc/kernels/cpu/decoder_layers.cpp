@@ -140,7 +140,7 @@ class Pass {
 
   void add_norm(QuantizedLinearParams& params, const float* norm_weight) const {
     params.norm_weight = norm_weight;
-    params.normalised = memory_.normalised;
+    params.float_input = memory_.normalised;
     params.norm_epsilon = model_.norm_epsilon;
   }
 
@@ -265,7 +265,7 @@ QuantizedLinearParams head_params(const DecoderModel& model, const DecoderHead& 
                                   const DecoderMemory& memory) {
   QuantizedLinearParams params = linear_params(head.linear, hidden, num_rows);
   params.norm_weight = head.norm;
-  params.normalised = memory.normalised;
+  params.float_input = memory.normalised;
   params.norm_epsilon = model.norm_epsilon;
   return params;
 }

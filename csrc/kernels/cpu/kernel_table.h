@@ -20,9 +20,10 @@ struct KernelTable {
   void (*linear_top_k)(const LinearTopKParams&, ParallelFor);
   // Slots are -1 or in [0, P * B). Of rows with the same slot the last one stays.
   void (*append_kv)(const AppendKvParams&, ParallelFor);
-  // As append_kv; float32 activations; D even; positions within cos_sin, of skipped rows too.
+  // As append_kv; D even; positions within cos_sin, of skipped rows too.
   void (*rope_append_kv)(const RopeAppendKvParams&, ParallelFor);
-  // Float32 activations and logits; a row has the same bits in any batch.
+  // A row has the same bits in any batch. 16-bit activations and logits are widened when they are
+  // read; results are rounded once.
   void (*rms_norm)(const RmsNormParams&, ParallelFor);
   void (*silu_mul)(const SiluMulParams&, ParallelFor);
   void (*argmax)(const ArgmaxParams&, ParallelFor);

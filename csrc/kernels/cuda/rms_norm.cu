@@ -59,7 +59,7 @@ __device__ __forceinline__ Eight take(const RmsNormParams& params, const Row& ro
 
 __device__ __forceinline__ void write(const RmsNormParams& params, const Row& row, int64_t i,
                                       Extent extent, Eight x, float scale) {
-  const Eight weight = load8_of(params.weight + i, extent);
+  const Eight weight = load8(params.weight, params.weight_dtype, i, extent);
 #pragma unroll
   for (int j = 0; j < kEight; ++j) x.values[j] = x.values[j] * scale * weight.values[j];
   store8(params.output, params.activation_dtype, row.output + i, extent, x);

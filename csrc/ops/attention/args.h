@@ -27,13 +27,12 @@ struct PagedAttentionArgs {
 };
 
 // Everything but values in memory, and what one device alone wants.
-inline void check_paged_attention(const OpCheck& check, const PagedAttentionArgs& args,
-                                  DtypeList query_dtypes) {
+inline void check_paged_attention(const OpCheck& check, const PagedAttentionArgs& args) {
   check_pools(check, args.k_pool, args.v_pool);
   const c10::SymInt num_kv_heads = args.k_pool.sym_size(1);
   const c10::SymInt head_dim = args.k_pool.sym_size(3);
   check("q", args.q)
-      .dtype(query_dtypes)
+      .dtype(kFloatDtypes)
       .shape({{"N"}, {"H"}, {"D", head_dim}})
       .last_dim_contiguous();
   TORCH_CHECK_VALUE(num_kv_heads > 0 && args.q.sym_size(1) % num_kv_heads == 0, check.op(),
@@ -94,8 +93,8 @@ inline void check_shared_prefixes(const OpCheck& check, const SharedPrefixArgs& 
 
 // What holds on every device. prefixes: of shared_prefix_attention, else null.
 inline void check_attention(const OpCheck& check, const PagedAttentionArgs& args,
-                            const SharedPrefixArgs* prefixes, DtypeList query_dtypes) {
-  check_paged_attention(check, args, query_dtypes);
+                            const SharedPrefixArgs* prefixes) {
+  check_paged_attention(check, args);
   if (prefixes != nullptr) check_shared_prefixes(check, *prefixes);
 }
 

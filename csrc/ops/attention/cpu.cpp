@@ -14,7 +14,7 @@ namespace {
 // the keys of one sequence after those of another, and its caches are too small for a prefix.
 at::Tensor attend(const OpCheck& check, const PagedAttentionArgs& args,
                   const SharedPrefixArgs* prefixes) {
-  check_attention(check, args, prefixes, {at::kFloat});
+  check_attention(check, args, prefixes);
   check_attention_values(check, args, prefixes);
   const at::Tensor output = empty_attention_output(args);
   cpu::kernels().paged_attention(params_of(args, output), torch_parallel_for);

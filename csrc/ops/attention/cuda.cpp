@@ -42,7 +42,7 @@ cuda::AttentionTuning tuning_of_environment() {
 // prefixes: of shared_prefix_attention, else null.
 at::Tensor attend(const OpCheck& check, const PagedAttentionArgs& args,
                   const SharedPrefixArgs* prefixes) {
-  check_attention(check, args, prefixes, kPoolDtypes);
+  check_attention(check, args, prefixes);
   const KvLayout layout = layout_of(args.k_pool);
   check_head_dim(check, layout.head_dim, cuda::HeadDims{});
   check_pool_alignment(check, "k_pool", args.k_pool);

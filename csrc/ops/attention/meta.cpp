@@ -17,7 +17,7 @@ at::Tensor paged_attention_meta(const at::Tensor& q, const at::Tensor& k_pool,
   const PagedAttentionArgs args{q,        k_pool,        v_pool,  page_table,
                                 seq_lens, query_offsets, scale,   sliding_window,
                                 soft_cap, k_scales,      v_scales};
-  check_attention({"paged_attention", q.device()}, args, nullptr, kPoolDtypes);
+  check_attention({"paged_attention", q.device()}, args, nullptr);
   return empty_attention_output(args);
 }
 
@@ -33,7 +33,7 @@ at::Tensor shared_prefix_attention_meta(const at::Tensor& q, const at::Tensor& k
                                 seq_lens, query_offsets, scale,   sliding_window,
                                 soft_cap, k_scales,      v_scales};
   const SharedPrefixArgs prefixes{group_offsets, prefix_lens};
-  check_attention({"shared_prefix_attention", q.device()}, args, &prefixes, kPoolDtypes);
+  check_attention({"shared_prefix_attention", q.device()}, args, &prefixes);
   return empty_attention_output(args);
 }
 

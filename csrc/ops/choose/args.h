@@ -21,8 +21,8 @@ inline TwoTensors empty_choices(const at::Tensor& logits) {
           empty_tensor({logits.sym_size(0)}, at::kFloat, logits)};
 }
 
-inline void check_argmax(const OpCheck& check, const at::Tensor& logits, DtypeList dtypes) {
-  check("logits", logits).dtype(dtypes).shape({{"R"}, {"V"}}).last_dim_contiguous();
+inline void check_argmax(const OpCheck& check, const at::Tensor& logits) {
+  check("logits", logits).dtype(kFloatDtypes).shape({{"R"}, {"V"}}).last_dim_contiguous();
   check.value("logits", logits.sym_size(1) > 0, "V >= 1", logits);
 }
 
@@ -50,7 +50,7 @@ struct SampleArgs {
 };
 
 inline void check_sample(const OpCheck& check, const SampleArgs& args) {
-  check("logits", args.logits).dtype(kPoolDtypes).shape({{"R"}, {"V"}}).last_dim_contiguous();
+  check("logits", args.logits).dtype(kFloatDtypes).shape({{"R"}, {"V"}}).last_dim_contiguous();
   const c10::SymInt rows = args.logits.sym_size(0);
   const c10::SymInt vocab_size = args.logits.sym_size(1);
   check.value("logits", vocab_size > 0 && vocab_size < std::numeric_limits<int32_t>::max(),

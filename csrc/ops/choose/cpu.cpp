@@ -21,7 +21,7 @@ namespace {
 
 TwoTensors argmax_cpu(const at::Tensor& logits) {
   const OpCheck check{"argmax", logits.device()};
-  check_argmax(check, logits, {at::kFloat});
+  check_argmax(check, logits);
   TwoTensors choices = empty_choices(logits);
   cpu::kernels().argmax(argmax_params(logits, choices), torch_parallel_for);
   return choices;

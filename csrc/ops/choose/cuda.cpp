@@ -14,7 +14,7 @@ namespace {
 
 TwoTensors argmax_cuda(const at::Tensor& logits) {
   const OpCheck check{"argmax", logits.device()};
-  check_argmax(check, logits, kPoolDtypes);
+  check_argmax(check, logits);
   TwoTensors choices = empty_choices(logits);
   launch(check.op(), cuda::argmax, argmax_params(logits, choices), logits);
   return choices;

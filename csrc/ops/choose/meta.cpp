@@ -10,7 +10,7 @@ namespace skv::ops {
 namespace {
 
 TwoTensors argmax_meta(const at::Tensor& logits) {
-  check_argmax({"argmax", logits.device()}, logits, kPoolDtypes);
+  check_argmax({"argmax", logits.device()}, logits);
   return empty_choices(logits);
 }
 

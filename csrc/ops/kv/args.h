@@ -27,10 +27,7 @@ inline void check_append_kv(const OpCheck& check, const AppendKvArgs& args) {
   check.own_memory("v_pool", args.v_pool, "k_pool", args.k_pool);
   check("slots", args.slots).dtype({at::kLong}).shape({{"N"}}).contiguous();
   check_written_scales(check, args.k_scales, args.v_scales, args.k_pool, args.v_pool);
-  const at::ScalarType pool_dtype = args.k_pool.scalar_type();
-  check_new_rows(check, "k", args.k,
-                 {at::kFloat, pool_dtype == at::kChar ? at::kFloat : pool_dtype}, args.slots,
-                 args.k_pool);
+  check_new_rows(check, "k", args.k, kFloatDtypes, args.slots, args.k_pool);
   check_new_rows(check, "v", args.v, {args.k.scalar_type()}, args.slots, args.k_pool);
 }
 
@@ -67,8 +64,7 @@ struct RopeAppendKvArgs {
   const OptionalTensor& v_scales;
 };
 
-inline void check_rope_append_kv(const OpCheck& check, const RopeAppendKvArgs& args,
-                                 DtypeList query_dtypes) {
+inline void check_rope_append_kv(const OpCheck& check, const RopeAppendKvArgs& args) {
   check_pools(check, args.k_pool, args.v_pool);
   const c10::SymInt head_dim = args.k_pool.sym_size(3);
   check.value("k_pool", head_dim % 2 == 0, "an even head dimension D", head_dim);
@@ -76,7 +72,7 @@ inline void check_rope_append_kv(const OpCheck& check, const RopeAppendKvArgs& a
   check("slots", args.slots).dtype({at::kLong}).shape({{"N"}}).contiguous();
   const c10::SymInt num_rows = args.slots.sym_size(0);
   check("q", args.q)
-      .dtype(query_dtypes)
+      .dtype(kFloatDtypes)
       .shape({{"N", num_rows}, {"H"}, {"D", head_dim}})
       .last_dim_contiguous()
       .writable();

@@ -30,7 +30,7 @@ void rope_append_kv_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tens
   const OpCheck check{"rope_append_kv", k_pool.device()};
   const RopeAppendKvArgs args{q,     k,      v,      positions, cos_sin,
                               slots, k_pool, v_pool, k_scales,  v_scales};
-  check_rope_append_kv(check, args, {at::kFloat});
+  check_rope_append_kv(check, args);
   const RopeAppendKvParams params = params_of(args);
   check_slot_values(check, slots, params.layout);
   check_positions(check, positions, cos_sin.size(0));

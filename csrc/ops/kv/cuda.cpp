@@ -28,7 +28,7 @@ void rope_append_kv_cuda(const at::Tensor& q, const at::Tensor& k, const at::Ten
   const OpCheck check{"rope_append_kv", k_pool.device()};
   const RopeAppendKvArgs args{q,     k,      v,      positions, cos_sin,
                               slots, k_pool, v_pool, k_scales,  v_scales};
-  check_rope_append_kv(check, args, kPoolDtypes);
+  check_rope_append_kv(check, args);
   launch(check.op(), cuda::rope_append_kv, params_of(args), k_pool);
 }
 

@@ -21,8 +21,7 @@ void rope_append_kv_meta(const at::Tensor& q, const at::Tensor& k, const at::Ten
                          const at::Tensor& v_pool, const OptionalTensor& k_scales,
                          const OptionalTensor& v_scales) {
   check_rope_append_kv({"rope_append_kv", k_pool.device()},
-                       {q, k, v, positions, cos_sin, slots, k_pool, v_pool, k_scales, v_scales},
-                       kPoolDtypes);
+                       {q, k, v, positions, cos_sin, slots, k_pool, v_pool, k_scales, v_scales});
 }
 
 void copy_pages_meta(const at::Tensor& page_copies, const at::Tensor& k_pool,

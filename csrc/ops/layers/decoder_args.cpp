@@ -26,7 +26,7 @@ const float* norm_weight(const OpCheck& check, const std::string& name,
                          const OptionalTensor& weight, const char* dimension, int64_t size) {
   const OpCheck part{name.c_str(), check.device()};
   part.value("weight", weight.has_value(), "a tensor", "None");
-  check_vector(part, "weight", weight, dimension, size);
+  check_vector(part, "weight", weight, dimension, size, {at::kFloat});
   return data_or_null(weight);
 }
 
@@ -118,6 +118,7 @@ cpu::PackedLinear packed_linear(const OpCheck& check, const std::string& name,
   const at::Tensor input =
       at::empty({0, in_features}, at::TensorOptions().dtype(at::kFloat).device(check.device()));
   const OptionalTensor none;
+  check_vector(part, "bias", tensors[3], "out_features", out_features, {at::kFloat});
   check_quantized_linear(part, {input, *weight, tensors[1], tensors[2], tensors[3], out_features,
                                 none, none, 0.0, has_silu_mul});
   return {

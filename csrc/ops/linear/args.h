@@ -69,9 +69,9 @@ inline void check_weight(const OpCheck& check, const at::Tensor& x, const at::Te
 }
 
 inline void check_vector(const OpCheck& check, const char* name, const OptionalTensor& vector,
-                         const char* dimension, const c10::SymInt& size) {
+                         const char* dimension, const c10::SymInt& size, DtypeList dtypes) {
   if (!vector.has_value()) return;
-  check(name, *vector).dtype({at::kFloat}).shape({{dimension, size}}).contiguous();
+  check(name, *vector).dtype(dtypes).shape({{dimension, size}}).contiguous();
 }
 
 inline const float* data_or_null(const OptionalTensor& tensor) {
@@ -79,21 +79,29 @@ inline const float* data_or_null(const OptionalTensor& tensor) {
   return has_memory ? tensor->const_data_ptr<float>() : nullptr;
 }
 
+// Of a tensor in any float dtype, and that dtype.
+inline const void* address_or_null(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+inline DType dtype_or_float32(const OptionalTensor& tensor) {
+  return tensor.has_value() ? dtype_of(*tensor) : DType::kFloat32;
+}
+
 inline void check_quantized_linear(const OpCheck& check, const QuantizedLinearArgs& args) {
   const at::Tensor& x = args.x;
   const int64_t out_features = args.out_features;
-  check("x", x).dtype({at::kFloat}).shape({{"N"}, {"K"}}).last_dim_contiguous();
+  check("x", x).dtype(kFloatDtypes).shape({{"N"}, {"K"}}).last_dim_contiguous();
   check.value("out_features", out_features >= 0, "a number >= 0", out_features);
   check.value("out_features", !args.silu_mul || out_features % (2 * kPanelColumns) == 0,
               "a multiple of 32 with silu_mul", out_features);
   check_weight(check, x, args.weight, args.scales, args.minimums, out_features);
-  check_vector(check, "bias", args.bias, "out_features", out_features);
-  check_vector(check, "norm_weight", args.norm_weight, "K", x.sym_size(1));
+  check_vector(check, "bias", args.bias, "out_features", out_features, kFloatDtypes);
+  check_vector(check, "norm_weight", args.norm_weight, "K", x.sym_size(1), kFloatDtypes);
   check.float32("norm_eps", args.norm_eps);
   if (args.residual.has_value()) {
     check.value("residual", !args.silu_mul, "None with silu_mul", *args.residual);
     check("residual", *args.residual)
-        .dtype({at::kFloat})
+        .dtype({x.scalar_type()})
         .shape({{"N", x.sym_size(0)}, {"out_features", out_features}})
         .contiguous();
   }
@@ -108,7 +116,7 @@ inline void check_top_k(const OpCheck& check, const QuantizedLinearArgs& args, i
 // Of quantized_linear.
 inline at::Tensor empty_linear_output(const QuantizedLinearArgs& args) {
   const int64_t width = args.silu_mul ? args.out_features / 2 : args.out_features;
-  return empty_tensor({args.x.sym_size(0), width}, at::kFloat, args.x);
+  return empty_tensor({args.x.sym_size(0), width}, args.x.scalar_type(), args.x);
 }
 
 // Of linear_top_k: ids and values.
@@ -119,30 +127,36 @@ inline std::tuple<at::Tensor, at::Tensor> empty_top_k(const at::Tensor& x, int64
 
 // Memory for the sums and whatever else the product needs on the way.
 struct QuantizedLinearMemory {
-  at::Tensor normalised;  // with norm_weight: at least N * K floats
-  at::Tensor sums;        // at least N * out_features floats, if the sums are wanted
-  at::Tensor activated;   // with silu_mul: at least N * out_features / 2 floats
+  at::Tensor float_input;  // with norm_weight or a 16-bit x: at least N * K floats
+  at::Tensor sums;         // at least N * out_features floats, if the sums are wanted
+  at::Tensor activated;    // with silu_mul: [N, out_features / 2], dtype of x
+  at::Tensor rounded;      // of a 16-bit x without silu_mul: [N, out_features], dtype of x
 };
 
 inline QuantizedLinearParams params_of(const QuantizedLinearArgs& args,
                                        const QuantizedLinearMemory& memory) {
   return {
-      .input = args.x.const_data_ptr<float>(),
+      .input = args.x.const_data_ptr(),
       .weight = args.weight.const_data_ptr(),
       .scales = data_or_null(args.scales),
       .minimums = data_or_null(args.minimums),
-      .bias = data_or_null(args.bias),
-      .residual = data_or_null(args.residual),
-      .norm_weight = data_or_null(args.norm_weight),
-      .normalised = args.norm_weight ? memory.normalised.mutable_data_ptr<float>() : nullptr,
+      .bias = address_or_null(args.bias),
+      .residual = address_or_null(args.residual),
+      .norm_weight = address_or_null(args.norm_weight),
+      .float_input =
+          memory.float_input.defined() ? memory.float_input.mutable_data_ptr<float>() : nullptr,
       .sums = memory.sums.defined() ? memory.sums.mutable_data_ptr<float>() : nullptr,
-      .activated = args.silu_mul ? memory.activated.mutable_data_ptr<float>() : nullptr,
+      .activated = args.silu_mul ? memory.activated.mutable_data_ptr() : nullptr,
       .format = format_of(args.weight),
       .num_rows = args.x.size(0),
       .in_features = args.x.size(1),
       .out_features = args.out_features,
       .input_row_stride = args.x.stride(0),
       .norm_epsilon = static_cast<float>(args.norm_eps),
+      .rounded = memory.rounded.defined() ? memory.rounded.mutable_data_ptr() : nullptr,
+      .activation_dtype = dtype_of(args.x),
+      .bias_dtype = dtype_or_float32(args.bias),
+      .norm_weight_dtype = dtype_or_float32(args.norm_weight),
   };
 }
 

@@ -11,6 +11,12 @@ namespace skv::ops {
 
 namespace {
 
+// Scratch for the input where it is normalised or widened, else undefined.
+at::Tensor float_input_of(const QuantizedLinearArgs& args) {
+  if (!args.norm_weight && args.x.scalar_type() == at::kFloat) return {};
+  return empty_tensor({args.x.size(0), args.x.size(1)}, at::kFloat, args.x);
+}
+
 at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
                                 const OptionalTensor& scales, const OptionalTensor& minimums,
                                 const OptionalTensor& bias, int64_t out_features,
@@ -21,9 +27,15 @@ at::Tensor quantized_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
   check_quantized_linear(OpCheck{"quantized_linear", x.device()}, args);
   at::Tensor output = empty_linear_output(args);
   QuantizedLinearMemory memory;
-  memory.sums = silu_mul ? empty_tensor({x.size(0), out_features}, at::kFloat, x) : output;
-  if (norm_weight) memory.normalised = empty_tensor({x.size(0), x.size(1)}, at::kFloat, x);
-  if (silu_mul) memory.activated = output;
+  memory.float_input = float_input_of(args);
+  if (silu_mul) {
+    memory.activated = output;
+  } else if (x.scalar_type() != at::kFloat) {
+    memory.rounded = output;
+  } else {
+    memory.sums = output;
+  }
+  if (!memory.sums.defined()) memory.sums = empty_tensor({x.size(0), out_features}, at::kFloat, x);
   cpu::kernels().quantized_linear(params_of(args, memory), torch_parallel_for);
   return output;
 }
@@ -39,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor> linear_top_k_cpu(
   check_top_k(check, args, k);
 
   QuantizedLinearMemory memory;
-  if (norm_weight) memory.normalised = empty_tensor({x.size(0), x.size(1)}, at::kFloat, x);
+  memory.float_input = float_input_of(args);
   const int64_t num_lists = kTopKParts * std::min(kTopKBlockRows, x.size(0));
   const at::Tensor part_values = empty_tensor({num_lists, k}, at::kFloat, x);
   const at::Tensor part_ids = empty_tensor({num_lists, k}, at::kLong, x);

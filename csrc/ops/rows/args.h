@@ -19,10 +19,10 @@ struct RmsNormArgs {
   const at::Tensor* residual = nullptr;  // of add_rms_norm, else null
 };
 
-inline void check_rms_norm(const OpCheck& check, const RmsNormArgs& args, DtypeList dtypes) {
+inline void check_rms_norm(const OpCheck& check, const RmsNormArgs& args) {
   const at::Tensor& x = args.x;
-  check("x", x).dtype(dtypes).last_dim_contiguous();
-  check("weight", args.weight).dtype({at::kFloat}).shape({{"E", x.sym_size(-1)}}).contiguous();
+  check("x", x).dtype(kFloatDtypes).last_dim_contiguous();
+  check("weight", args.weight).dtype(kFloatDtypes).shape({{"E", x.sym_size(-1)}}).contiguous();
   check.float32("eps", args.eps);
   check_folds(check, "x", x);
   if (args.residual == nullptr) return;
@@ -43,7 +43,7 @@ inline RmsNormParams params_of(const RmsNormArgs& args, const at::Tensor& output
   const auto rows = FoldedRows<int64_t>::of(x);
   return {
       .input = x.const_data_ptr(),
-      .weight = args.weight.const_data_ptr<float>(),
+      .weight = args.weight.const_data_ptr(),
       .output = output.mutable_data_ptr(),
       .residual = args.residual == nullptr ? nullptr : args.residual->const_data_ptr(),
       .sum = sum == nullptr ? nullptr : sum->mutable_data_ptr(),
@@ -54,11 +54,12 @@ inline RmsNormParams params_of(const RmsNormArgs& args, const at::Tensor& output
       .inner_stride = rows.inner_stride,
       .outer_stride = rows.outer_stride,
       .epsilon = static_cast<float>(args.eps),
+      .weight_dtype = dtype_of(args.weight),
   };
 }
 
-inline void check_silu_mul(const OpCheck& check, const at::Tensor& gate_up, DtypeList dtypes) {
-  check("gate_up", gate_up).dtype(dtypes).shape({{"N"}, {"2F"}}).last_dim_contiguous();
+inline void check_silu_mul(const OpCheck& check, const at::Tensor& gate_up) {
+  check("gate_up", gate_up).dtype(kFloatDtypes).shape({{"N"}, {"2F"}}).last_dim_contiguous();
   check.value("gate_up", gate_up.sym_size(1) % 2 == 0, "an even last dimension 2F", gate_up);
 }
 

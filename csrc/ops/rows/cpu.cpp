@@ -16,7 +16,7 @@ namespace {
 at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const OpCheck check{"rms_norm", x.device()};
   const RmsNormArgs args{x, weight, eps};
-  check_rms_norm(check, args, {at::kFloat});
+  check_rms_norm(check, args);
   at::Tensor output = empty_rows(x);
   cpu::kernels().rms_norm(params_of(args, output), torch_parallel_for);
   return output;
@@ -26,7 +26,7 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm_cpu(const at::Tensor& x, const a
                                                     const at::Tensor& weight, double eps) {
   const OpCheck check{"add_rms_norm", x.device()};
   const RmsNormArgs args{x, weight, eps, &residual};
-  check_rms_norm(check, args, {at::kFloat});
+  check_rms_norm(check, args);
   at::Tensor output = empty_rows(x);
   at::Tensor sum = empty_rows(x);
   cpu::kernels().rms_norm(params_of(args, output, &sum), torch_parallel_for);
@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm_cpu(const at::Tensor& x, const a
 
 at::Tensor silu_mul_cpu(const at::Tensor& gate_up) {
   const OpCheck check{"silu_mul", gate_up.device()};
-  check_silu_mul(check, gate_up, {at::kFloat});
+  check_silu_mul(check, gate_up);
   at::Tensor output = empty_gated(gate_up);
   cpu::kernels().silu_mul(silu_mul_params(gate_up, output), torch_parallel_for);
   return output;

@@ -19,7 +19,7 @@ namespace {
 at::Tensor rms_norm_cuda(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const OpCheck check{"rms_norm", x.device()};
   const RmsNormArgs args{x, weight, eps};
-  check_rms_norm(check, args, kPoolDtypes);
+  check_rms_norm(check, args);
   at::Tensor output = empty_rows(x);
   launch(check.op(), cuda::rms_norm, params_of(args, output), x);
   return output;
@@ -30,7 +30,7 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm_cuda(const at::Tensor& x,
                                                      const at::Tensor& weight, double eps) {
   const OpCheck check{"add_rms_norm", x.device()};
   const RmsNormArgs args{x, weight, eps, &residual};
-  check_rms_norm(check, args, kPoolDtypes);
+  check_rms_norm(check, args);
   at::Tensor output = empty_rows(x);
   at::Tensor sum = empty_rows(x);
   launch(check.op(), cuda::rms_norm, params_of(args, output, &sum), x);
@@ -39,7 +39,7 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm_cuda(const at::Tensor& x,
 
 at::Tensor silu_mul_cuda(const at::Tensor& gate_up) {
   const OpCheck check{"silu_mul", gate_up.device()};
-  check_silu_mul(check, gate_up, kPoolDtypes);
+  check_silu_mul(check, gate_up);
   at::Tensor output = empty_gated(gate_up);
   launch(check.op(), cuda::silu_mul, silu_mul_params(gate_up, output), gate_up);
   return output;

@@ -12,19 +12,19 @@ namespace skv::ops {
 namespace {
 
 at::Tensor rms_norm_meta(const at::Tensor& x, const at::Tensor& weight, double eps) {
-  check_rms_norm({"rms_norm", x.device()}, {x, weight, eps}, kPoolDtypes);
+  check_rms_norm({"rms_norm", x.device()}, {x, weight, eps});
   return empty_rows(x);
 }
 
 std::tuple<at::Tensor, at::Tensor> add_rms_norm_meta(const at::Tensor& x,
                                                      const at::Tensor& residual,
                                                      const at::Tensor& weight, double eps) {
-  check_rms_norm({"add_rms_norm", x.device()}, {x, weight, eps, &residual}, kPoolDtypes);
+  check_rms_norm({"add_rms_norm", x.device()}, {x, weight, eps, &residual});
   return {empty_rows(x), empty_rows(x)};
 }
 
 at::Tensor silu_mul_meta(const at::Tensor& gate_up) {
-  check_silu_mul({"silu_mul", gate_up.device()}, gate_up, kPoolDtypes);
+  check_silu_mul({"silu_mul", gate_up.device()}, gate_up);
   return empty_gated(gate_up);
 }
 

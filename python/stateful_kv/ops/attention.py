@@ -30,8 +30,8 @@ def paged_attention(
     and 16-bit q with int8 pools, go to tensor cores (head_dim 64, 96 or 128).
 
     Args:
-        q: float32[N, H, D] (CUDA: also float16, bfloat16), D contiguous, H a multiple of Hk - the
-            query rows; D is a multiple of 16, at most 256.
+        q: float32|float16|bfloat16[N, H, D], D contiguous, H a multiple of Hk - the query rows; D
+            is a multiple of 16, at most 256.
         k_pool: float32|float16|bfloat16|int8 [P, Hk, B, D], contiguous, NaN allowed outside live
             slots.
         v_pool: dtype and shape of k_pool, contiguous, NaN allowed outside live slots.
@@ -49,7 +49,7 @@ def paged_attention(
         v_scales: as k_scales, of the values.
 
     Returns:
-        [N, H, D] in the dtype of q.
+        [N, H, D] in the dtype of q; on the CPU computed in float32 and rounded once.
     """
     result: Tensor = _ops.paged_attention.default(
         q,

@@ -12,7 +12,7 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Greedy choice: the largest logit of each row, of equals the one with the lowest id.
 
     Args:
-        logits: float32[R, V] (CUDA: also float16, bfloat16), V contiguous, V >= 1.
+        logits: float32|float16|bfloat16[R, V], V contiguous, V >= 1.
 
     Returns:
         ids: int64[R].

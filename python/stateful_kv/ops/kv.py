@@ -24,7 +24,8 @@ def append_kv(
     0 if all of x is 0, and NaN if x has an infinity or a NaN.
 
     Args:
-        k: float32, or dtype of the pool unless that is int8, [N, Hk, D], D contiguous - new keys.
+        k: float32|float16|bfloat16[N, Hk, D], D contiguous - new keys; those in the dtype of the
+            pool are copied as they are, others rounded once.
         v: dtype of k [N, Hk, D], D contiguous - new values.
         slots: int64[N], contiguous - where each row goes, -1 = the row is skipped.
         k_pool: float32|float16|bfloat16|int8 [P, Hk, B, D], contiguous - written in place.
@@ -52,8 +53,9 @@ def rope_append_kv(
     The rotated pairs are (i, i + D/2). k itself is left as it is.
 
     Args:
-        q: float32[N, H, D] (CUDA: also float16, bfloat16), D contiguous - rotated in place; may be
-            a view of a fused [N, (H + 2 * Hk) * D] projection, as may k and v.
+        q: float32|float16|bfloat16[N, H, D], D contiguous - rotated in place, computed in float32
+            and rounded once; may be a view of a fused [N, (H + 2 * Hk) * D] projection, as may k
+            and v.
         k: dtype of q [N, Hk, D], D contiguous - new keys.
         v: dtype of q [N, Hk, D], D contiguous - new values.
         positions: int32[N], contiguous - absolute positions in [0, max_pos).

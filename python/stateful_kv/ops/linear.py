@@ -29,23 +29,25 @@ def quantized_linear(
     Fused with its neighbours it gives the bits of `rms_norm` before it and `silu_mul` after it.
 
     Args:
-        x: float32[N, K], K contiguous; K is a multiple of 32 unless the weight is float32.
+        x: float32|float16|bfloat16[N, K], K contiguous; K is a multiple of 32 unless the weight is
+            float32.
         weight: float32[Np, K, 16] | int8[Np, K, 16] | uint8[Np, K/2, 16] with two 4-bit values a
             byte; contiguous, Np = ceil(out_features / 16).
         scales: float32[Np, K/32, 16], contiguous; None for a float32 weight.
         minimums: float32[Np, K/32, 16], contiguous, for a uint8 weight; else None.
-        bias: float32[out_features], contiguous, or None.
+        bias: float32|float16|bfloat16[out_features], contiguous, or None.
         out_features: columns of the product; a multiple of 32 with `silu_mul`.
-        residual: float32[N, out_features], contiguous, or None - added to the result; None with
+        residual: dtype of x [N, out_features], contiguous, or None - added to the result; None with
             `silu_mul`.
-        norm_weight: float32[K], contiguous, or None - then x is normalised first, as by
-            `rms_norm(x, norm_weight, norm_eps)`.
+        norm_weight: float32|float16|bfloat16[K], contiguous, or None - then x is normalised first,
+            as by `rms_norm(x, norm_weight, norm_eps)`, in float32 whatever the dtype of x.
         norm_eps: a number >= 0 that float32 can hold.
         silu_mul: return silu(gate) * up, where the panels of the weight are by turns 16 columns
             of the gate and the 16 columns of up that go with them.
 
     Returns:
-        float32[N, out_features], with `silu_mul` float32[N, out_features / 2].
+        [N, out_features], with `silu_mul` [N, out_features / 2], in the dtype of x: everything is
+        computed in float32 and the result rounded once.
     """
     result: Tensor = _ops.quantized_linear.default(
         x,
@@ -83,10 +85,10 @@ def linear_top_k(
         weight: packed in panels.
         scales: of the weight.
         minimums: of the weight.
-        bias: float32[out_features], contiguous, or None.
+        bias: float32|float16|bfloat16[out_features], contiguous, or None.
         out_features: columns of the product.
         k: a number from 1 to 64, at most out_features.
-        norm_weight: float32[K], contiguous, or None.
+        norm_weight: float32|float16|bfloat16[K], contiguous, or None.
         norm_eps: a number >= 0 that float32 can hold.
 
     Returns:
@@ -137,8 +139,8 @@ def decoder_layers(
     A layer is: norm, fused q, k and v, norms of the heads where there are any, `rope_append_kv`,
     `paged_attention`, o added to the layer's input, norm, gate and up, down added to that. The
     last layer computes `logit_rows` only from its attention on. The bits are those of the ops
-    called one by one; memory for activations is taken once for all layers. CPU only: elsewhere
-    compose the ops.
+    called one by one; memory for activations is taken once for all layers. CPU and float32 only
+    (activations, norms and biases): elsewhere compose the ops.
 
     Args:
         x: float32[N, E], contiguous - embeddings of the new tokens.

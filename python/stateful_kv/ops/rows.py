@@ -12,13 +12,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of the last dimension: x / sqrt(mean(x^2) + eps) * weight.
 
     Args:
-        x: float32[..., E] (CUDA: also float16, bfloat16), E contiguous, the leading dimensions
-            folding into at most two strides - so the heads of a fused projection are read in place.
-        weight: float32[E], contiguous.
+        x: float32|float16|bfloat16[..., E], E contiguous, the leading dimensions folding into at
+            most two strides - so the heads of a fused projection are read in place.
+        weight: float32|float16|bfloat16[E], contiguous - also in another dtype than x.
         eps: a number >= 0 that float32 can hold.
 
     Returns:
-        Dtype and shape of x, contiguous.
+        Dtype and shape of x, contiguous; computed in float32 and rounded once.
     """
     result: Tensor = _ops.rms_norm.default(x, weight, eps)
     return result
@@ -45,10 +45,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """Gate of a feed-forward layer: silu(first F) * last F, silu(x) = x / (1 + e^-x).
 
     Args:
-        gate_up: float32[N, 2F] (CUDA: also float16, bfloat16), last dimension contiguous.
+        gate_up: float32|float16|bfloat16[N, 2F], last dimension contiguous.
 
     Returns:
-        [N, F] in the dtype of gate_up.
+        [N, F] in the dtype of gate_up; computed in float32 and rounded once.
     """
     result: Tensor = _ops.silu_mul.default(gate_up)
     return result

@@ -2,8 +2,8 @@
 #include <cmath>
 #include <limits>
 
+#include "csrc/kernels/cpu/isa/elements.h"
 #include "csrc/kernels/cpu/isa/kernels.h"
-#include "csrc/kernels/cpu/isa/simd.h"
 
 namespace skv::cpu::SKV_ISA_NS {
 namespace {
@@ -14,7 +14,8 @@ constexpr int kChains = 4;  // independent maxima, so that one need not wait for
 // The maximum if the row has no NaN; else NaN. max(a, b) returns b if either is NaN, so a NaN
 // that is followed by a number would be lost: a sum of x - x is NaN exactly if some x is NaN or
 // infinite, and only then the row is looked at again one by one.
-float largest_value(const float* row, int64_t count) {
+template <typename Load>
+float largest_value(const typename Load::Element* row, int64_t count) {
   float largest = -std::numeric_limits<float>::infinity();
   int64_t i = 0;
   if (count >= kChains * Vec::kWidth) {
@@ -26,7 +27,7 @@ float largest_value(const float* row, int64_t count) {
     }
     for (; i + kChains * Vec::kWidth <= count; i += kChains * Vec::kWidth) {
       for (int c = 0; c < kChains; ++c) {
-        const Vec x = Vec::load(row + i + c * Vec::kWidth);
+        const Vec x = Load::load(row + i + c * Vec::kWidth);
         top[c] = max(x, top[c]);
         sum[c] = sum[c] + (x - x);
       }
@@ -38,15 +39,18 @@ float largest_value(const float* row, int64_t count) {
     }
   }
   for (; i < count; ++i) {
-    if (std::isnan(row[i])) return row[i];
-    largest = row[i] > largest ? row[i] : largest;
+    const float x = Load::load_one(row + i);
+    if (std::isnan(x)) return x;
+    largest = x > largest ? x : largest;
   }
   return largest;
 }
 
-int64_t first_index(const float* row, int64_t count, float value) {
+template <typename Load>
+int64_t first_index(const typename Load::Element* row, int64_t count, float value) {
   for (int64_t i = 0; i < count; ++i) {
-    if (row[i] == value || (std::isnan(value) && std::isnan(row[i]))) return i;
+    const float x = Load::load_one(row + i);
+    if (x == value || (std::isnan(value) && std::isnan(x))) return i;
   }
   return 0;  // not reached: the value is in the row
 }
@@ -57,9 +61,11 @@ void argmax(const ArgmaxParams& params, ParallelFor parallel_for) {
   const int64_t grain = 1 + kValuesPerThread / params.vocab_size;
   parallel_for(params.num_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const float* row = static_cast<const float*>(params.logits) + r * params.row_stride;
-      params.values[r] = largest_value(row, params.vocab_size);
-      params.ids[r] = first_index(row, params.vocab_size, params.values[r]);
+      const Row row = Row{params.logits, params.logits_dtype}.from(r * params.row_stride);
+      row.dispatch([&]<typename Load>(const typename Load::Element* logits) {
+        params.values[r] = largest_value<Load>(logits, params.vocab_size);
+        params.ids[r] = first_index<Load>(logits, params.vocab_size, params.values[r]);
+      });
     }
   });
 }

@@ -13,6 +13,7 @@
 // merge: Milakov & Gimelshein, arXiv 1805.02867; split over keys: Flash-Decoding.
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 
 #include "csrc/kernels/cpu/isa/attention_tile.h"
 #include "csrc/kernels/cpu/isa/kernels.h"
@@ -127,9 +128,10 @@ bool run_split(const PagedAttentionParams& p, const TileList& tiles, ParallelFor
 // Rows behind those of the last sequence belong to none: they are defined as zero.
 void clear_unowned_rows(const PagedAttentionParams& p) {
   const int64_t first = p.num_sequences > 0 ? p.query_offsets[p.num_sequences] : 0;
-  const int64_t row_floats = p.num_heads * p.layout.head_dim;
-  auto* output = static_cast<float*>(p.output);
-  std::fill(output + first * row_floats, output + p.num_rows * row_floats, 0.0f);
+  const int64_t row_bytes = p.num_heads * p.layout.head_dim * element_size(p.activation_dtype);
+  if (first == p.num_rows) return;  // the output may be empty, and null
+  std::memset(static_cast<char*>(p.output) + first * row_bytes, 0,
+              static_cast<size_t>((p.num_rows - first) * row_bytes));
 }
 
 }  // namespace

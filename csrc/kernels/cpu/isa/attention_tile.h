@@ -76,8 +76,7 @@ class TileWork {
       visible_[i] = {begin, position + 1};
       begin_ = std::min(begin_, begin);
       end_ = std::max(end_, position + 1);
-      std::memcpy(query_ + i * head_dim_, query_vector(i),
-                  static_cast<size_t>(head_dim_) * sizeof(float));
+      query_vector(i).copy_to(query_ + i * head_dim_, head_dim_);
     }
   }
 
@@ -120,11 +119,14 @@ class TileWork {
   void write_output(const State& state) const {
     for (int64_t i = 0; i < tile_.count; ++i) {
       const Vec sum = Vec::set1(state.sum[i]);
-      float* out = static_cast<float*>(p_.output) +
-                   ((first_row_ + row_of(i)) * p_.num_heads + head_of(i)) * head_dim_;
+      const int64_t at = ((first_row_ + row_of(i)) * p_.num_heads + head_of(i)) * head_dim_;
+      const OutputRow output{p_.output, p_.activation_dtype};
+      float wide[kMaxHeadDim];
+      float* out = output.place(at, wide);
       for (int64_t d = 0; d < head_dim_; d += Vec::kWidth) {
         (Vec::load(state.values + i * head_dim_ + d) / sum).store(out + d);
       }
+      output.finish(out, at, head_dim_);
     }
   }
 
@@ -138,9 +140,9 @@ class TileWork {
  private:
   int64_t row_of(int64_t i) const { return (tile_.first + i) / group_; }
   int64_t head_of(int64_t i) const { return tile_.kv_head * group_ + (tile_.first + i) % group_; }
-  const float* query_vector(int64_t i) const {
-    return static_cast<const float*>(p_.query) + (first_row_ + row_of(i)) * p_.query_row_stride +
-           head_of(i) * p_.query_head_stride;
+  Row query_vector(int64_t i) const {
+    return Row{p_.query, p_.activation_dtype}.from((first_row_ + row_of(i)) * p_.query_row_stride +
+                                                   head_of(i) * p_.query_head_stride);
   }
   // An untouched state has sum 0; a chunk result has sum >= 1 (its largest weight is 1), or NaN.
   static bool visible_in(const State& state, int64_t i) { return state.sum[i] != 0.0F; }

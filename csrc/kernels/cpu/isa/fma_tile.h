@@ -3,28 +3,11 @@
 // each chain in ascending i. How the rows are cut into tiles never changes a chain.
 #pragma once
 
+#include "csrc/kernels/cpu/isa/elements.h"
 #include "csrc/kernels/cpu/isa/read_ahead.h"
 #include "csrc/kernels/cpu/isa/simd.h"
 
 namespace skv::cpu::SKV_ISA_NS {
-
-// How a stored element type becomes a vector of floats.
-struct LoadFloat32 {
-  using Element = float;
-  static SKV_INLINE Vec load(const float* p) { return Vec::load(p); }
-};
-struct LoadFloat16 {
-  using Element = uint16_t;
-  static SKV_INLINE Vec load(const uint16_t* p) { return Vec::load_half(p); }
-};
-struct LoadBFloat16 {
-  using Element = uint16_t;
-  static SKV_INLINE Vec load(const uint16_t* p) { return Vec::load_bfloat16(p); }
-};
-struct LoadInt8 {
-  using Element = int8_t;
-  static SKV_INLINE Vec load(const int8_t* p) { return Vec::load_int8(p); }
-};
 
 // Shape of a register tile: few rows take more columns, so that enough chains run side by side to
 // hide the latency of an addition.

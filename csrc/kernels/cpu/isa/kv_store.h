@@ -1,5 +1,4 @@
-// Stores runs of floats into a pool in the pool's dtype (round to nearest even), and vectors into
-// an int8 pool.
+// Stores vectors of keys and values into a pool, in the pool's dtype.
 #pragma once
 
 #include <algorithm>
@@ -7,41 +6,11 @@
 #include <cstring>
 #include <limits>
 
+#include "csrc/kernels/cpu/isa/elements.h"
 #include "csrc/kernels/cpu/isa/simd.h"
 #include "csrc/kernels/params.h"
 
 namespace skv::cpu::SKV_ISA_NS {
-
-SKV_INLINE int64_t element_size(DType dtype) {
-  if (dtype == DType::kInt8) return 1;
-  return dtype == DType::kFloat32 ? 4 : 2;
-}
-
-SKV_INLINE void store_half_run(const float* source, uint16_t* target, int64_t count) {
-  int64_t i = 0;
-  for (; i + Vec::kWidth <= count; i += Vec::kWidth) Vec::load(source + i).store_half(target + i);
-  for (; i < count; ++i) target[i] = float_to_half(source[i]);
-}
-
-// pool[at + i] = source[i] for i < count.
-SKV_INLINE void store_run(const float* source, int64_t count, void* pool, DType dtype, int64_t at) {
-  switch (dtype) {
-    case DType::kFloat32:
-      std::memcpy(static_cast<float*>(pool) + at, source,
-                  static_cast<size_t>(count) * sizeof(float));
-      break;
-    case DType::kFloat16:
-      store_half_run(source, static_cast<uint16_t*>(pool) + at, count);
-      break;
-    case DType::kBFloat16: {
-      uint16_t* target = static_cast<uint16_t*>(pool) + at;
-      for (int64_t i = 0; i < count; ++i) target[i] = float_to_bfloat16(source[i]);
-      break;
-    }
-    case DType::kInt8:  // a vector has a scale: QuantizedVector
-      break;
-  }
-}
 
 // A vector of an int8 pool: scale = max |x| / 127 and round(x / scale), in two passes over runs of
 // the vector. A vector of zeros (or whose scale would be 0) has scale 0; one with an infinity or
@@ -93,12 +62,39 @@ class QuantizedVector {
   float poison_ = 0.0F;
 };
 
-// A whole vector with its scale.
-SKV_INLINE void store_quantized(const float* source, int64_t count, int8_t* target, float* scale) {
+// Where a vector of a pool is.
+struct PoolVector {
+  void* pool;
+  DType dtype;
+  int64_t at;        // its first element
+  float* scales;     // of an int8 pool, else null
+  int64_t scale_at;  // its scale
+};
+
+// A whole vector. In the dtype of the pool it is copied as it is, signalling NaN too.
+SKV_INLINE void store_vector(const Row& source, int64_t count, const PoolVector& target) {
+  const int64_t size = element_size(target.dtype);
+  if (source.dtype == target.dtype) {
+    std::memcpy(static_cast<char*>(target.pool) + target.at * size, source.data,
+                static_cast<size_t>(count * size));
+    return;
+  }
+  float wide[kRunLength];
+  if (target.dtype != DType::kInt8) {
+    for_runs(count, [&](int64_t at, int64_t run) {
+      store_run(source.from(at).floats(run, wide), run, target.pool, target.dtype, target.at + at);
+    });
+    return;
+  }
+  auto* elements = static_cast<int8_t*>(target.pool) + target.at;
   QuantizedVector vector;
-  vector.look_at(source, count);
-  vector.store(source, count, target);
-  *scale = vector.scale();
+  for_runs(count, [&](int64_t at, int64_t run) {
+    vector.look_at(source.from(at).floats(run, wide), run);
+  });
+  for_runs(count, [&](int64_t at, int64_t run) {
+    vector.store(source.from(at).floats(run, wide), run, elements + at);
+  });
+  target.scales[target.scale_at] = vector.scale();
 }
 
 }  // namespace skv::cpu::SKV_ISA_NS

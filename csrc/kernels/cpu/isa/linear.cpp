@@ -1,5 +1,6 @@
 // Thin quantised linear layer: y[n, c] = sum over k of x[n, k] * w[k, c] + bias[c] + residual[n,
-// c], where x may be normalised first, and y may be silu(gate) * up of pairs of panels.
+// c], where x may be normalised first, and y may be silu(gate) * up of pairs of panels. All of it
+// is float32: a 16-bit x is widened first, and what is returned for it is rounded last.
 //
 // The contract (docs/correctness.md): every output element is one chain of fused multiply-adds
 // over k = 0, 1, ..., K-1, starting at 0, with w[k, c] rounded to float32 first. Row count,
@@ -39,22 +40,24 @@ constexpr int64_t kBlockRows = 120;
 #endif
 constexpr int64_t kPadding = Vec::kWidth;  // floats behind the packed rows
 
-// What comes after the sums, in this order: bias, then residual or silu(gate) * up.
+// What comes after the sums, in this order: bias, then residual or silu(gate) * up, then rounding.
 void finish_columns(const QuantizedLinearParams& p, int64_t row_begin, int64_t row_end,
                     int64_t begin, int64_t end) {
+  const Row bias{p.bias, p.bias_dtype};
+  const Row residual{p.residual, p.activation_dtype};
+  const OutputRow activated{p.activated, p.activation_dtype};
   for (int64_t row = row_begin; row < row_end; ++row) {
-    float* sums = p.sums + row * p.out_features;
-    if (p.bias != nullptr) {
-      for (int64_t c = begin; c < end; ++c) sums[c] += p.bias[c];
-    }
-    if (p.residual != nullptr) {
-      const float* residual = p.residual + row * p.out_features;
-      for (int64_t c = begin; c < end; ++c) sums[c] += residual[c];
-    }
+    const int64_t at = row * p.out_features + begin;
+    float* sums = p.sums + at;
+    if (p.bias != nullptr) add_row(sums, bias.from(begin), end - begin);
+    if (p.residual != nullptr) add_row(sums, residual.from(at), end - begin);
+    if (p.rounded != nullptr) store_run(sums, end - begin, p.rounded, p.activation_dtype, at);
     if (p.activated == nullptr) continue;
-    float* out = p.activated + row * (p.out_features / 2);
-    for (int64_t c = begin; c < end; c += 2 * kPanelColumns) {
-      silu_mul_row(sums + c, sums + c + kPanelColumns, out + c / 2, kPanelColumns);
+    float wide[kPanelColumns];
+    for (int64_t c = 0; c < end - begin; c += 2 * kPanelColumns) {
+      float* results = activated.place((at + c) / 2, wide);
+      silu_mul_row(sums + c, sums + c + kPanelColumns, results, kPanelColumns);
+      activated.finish(results, (at + c) / 2, kPanelColumns);
     }
   }
 }
@@ -164,8 +167,8 @@ void run_block(const QuantizedLinearParams& p, int64_t row_begin, int64_t row_en
   const int64_t strip_length = (per_strip + kGroupSize - 1) / kGroupSize * kGroupSize;
   for (int64_t k = 0; k < p.in_features; k += strip_length) {
     const int64_t length = std::min(strip_length, p.in_features - k);
-    pack_rows(p.input + row_begin * p.input_row_stride + k, p.input_row_stride, tiling, length,
-              packed);
+    pack_rows(floats_of(p.input) + row_begin * p.input_row_stride + k, p.input_row_stride, tiling,
+              length, packed);
     for (int64_t panel = begin; panel < end; panel += kBlockPanels) {
       const int64_t panels = std::min<int64_t>(kBlockPanels, end - panel);
       decode_strip<Format>(p, panel, panels, k, length, strip);
@@ -210,7 +213,7 @@ void run_panels(const QuantizedLinearParams& p, int64_t row_begin, int64_t row_e
 void quantized_linear(const QuantizedLinearParams& params, ParallelFor parallel_for) {
   QuantizedLinearParams p = params;
   if (p.num_rows == 0 || p.out_features == 0) return;
-  normalise_input(p, parallel_for);
+  prepare_input(p, parallel_for);
   // The work is a list of pairs of panels (what the wide tiles work on, and a gate with what it
   // opens), once for each block of rows. With many rows a thread so gets blocks of its own and
   // packs no row that another packs.

@@ -45,6 +45,9 @@ SKV_INLINE void dispatch_format(WeightFormat format, Visit&& visit) {
   }
 }
 
+// The input after prepare_input.
+SKV_INLINE const float* floats_of(const void* input) { return static_cast<const float*>(input); }
+
 // Panels [begin, end) for the first Rows rows of the input, in tiles of Vecs vectors, then of half
 // as many, down to one panel; or each panel in parts of Vecs vectors. The output starts at the
 // first panel.
@@ -55,7 +58,8 @@ void run_thin(const QuantizedLinearParams& p, int64_t begin, int64_t end, TileOu
     PanelView view = panel_view<Format>(p, begin, 0);
     for (int part = 0; part < std::max(1, kVecsPerPanel / Vecs); ++part) {
       if (output.num_columns <= 0) break;
-      run_thin_tile<Format, Rows, Vecs>(view, {p.input, p.input_row_stride}, output, p.in_features);
+      run_thin_tile<Format, Rows, Vecs>(view, {floats_of(p.input), p.input_row_stride}, output,
+                                        p.in_features);
       view.skip_columns<Format>(Vecs * Vec::kWidth);
       output.data += Vecs * Vec::kWidth;
       output.num_columns -= Vecs * Vec::kWidth;
@@ -66,17 +70,25 @@ void run_thin(const QuantizedLinearParams& p, int64_t begin, int64_t end, TileOu
   }
 }
 
-// x <- x * weight / rms(x), where asked for. A few rows are not worth a wake-up of other threads.
-inline void normalise_input(QuantizedLinearParams& p, ParallelFor parallel_for) {
-  if (p.norm_weight == nullptr) return;
+// x <- x * weight / rms(x), where asked for; x is float32 afterwards. A few rows are not worth a
+// wake-up of other threads.
+inline void prepare_input(QuantizedLinearParams& p, ParallelFor parallel_for) {
+  if (p.norm_weight == nullptr && p.activation_dtype == DType::kFloat32) return;
+  const Row input{p.input, p.activation_dtype};
+  const Row weight{p.norm_weight, p.norm_weight_dtype};
   const int64_t grain = p.num_rows <= kThinRows ? p.num_rows : kThinRows;
   parallel_for(p.num_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      normalise_row(p.input + row * p.input_row_stride, p.norm_weight, p.norm_epsilon,
-                    p.normalised + row * p.in_features, p.in_features);
+      const Row x = input.from(row * p.input_row_stride);
+      float* y = p.float_input + row * p.in_features;
+      if (p.norm_weight == nullptr) {
+        x.copy_to(y, p.in_features);
+      } else {
+        normalise_row(x, weight, p.norm_epsilon, {y, DType::kFloat32}, p.in_features);
+      }
     }
   });
-  p.input = p.normalised;
+  p.input = p.float_input;
   p.input_row_stride = p.in_features;
 }
 

@@ -78,7 +78,7 @@ void take_chunk(const LinearTopKParams& p, int64_t block_row, int64_t row, int64
                 int64_t panel, int64_t panel_end, int64_t part) {
   alignas(64) float sums[kThinRows * kChunkColumns];
   QuantizedLinearParams linear = p.linear;
-  linear.input += (block_row + row) * linear.input_row_stride;
+  linear.input = floats_of(linear.input) + (block_row + row) * linear.input_row_stride;
   const int64_t first = panel * kPanelColumns;
   const int64_t num = std::min(panel_end * kPanelColumns, linear.out_features) - first;
   dispatch_rows<kThinRows>(num_rows, [&]<int Rows>() {
@@ -86,7 +86,9 @@ void take_chunk(const LinearTopKParams& p, int64_t block_row, int64_t row, int64
   });
   for (int64_t i = 0; i < num_rows; ++i) {
     float* values = sums + i * kChunkColumns;
-    for (int64_t c = 0; linear.bias != nullptr && c < num; ++c) values[c] += linear.bias[first + c];
+    if (linear.bias != nullptr) {
+      add_row(values, Row{linear.bias, linear.bias_dtype}.from(first), num);
+    }
     list_of(p, part, row + i).add_all(values, num, first);
   }
 }
@@ -129,7 +131,7 @@ void merge_parts(const LinearTopKParams& p, int64_t block_row, int64_t num_rows,
 void linear_top_k(const LinearTopKParams& params, ParallelFor parallel_for) {
   LinearTopKParams p = params;
   if (p.linear.num_rows == 0) return;
-  normalise_input(p.linear, parallel_for);
+  prepare_input(p.linear, parallel_for);
   const int64_t num_chunks = (p.linear.out_features + kChunkColumns - 1) / kChunkColumns;
   const int64_t num_parts = std::min(num_chunks, kTopKParts);
   for (int64_t row = 0; row < p.linear.num_rows; row += kTopKBlockRows) {

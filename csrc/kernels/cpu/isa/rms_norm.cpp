@@ -12,12 +12,18 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 1 << 15;
 
-SKV_INLINE void add(const float* residual, const float* x, float* sum, int64_t count) {
-  int64_t i = 0;
-  for (; i + Vec::kWidth <= count; i += Vec::kWidth) {
-    (Vec::load(residual + i) + Vec::load(x + i)).store(sum + i);
-  }
-  for (; i < count; ++i) sum[i] = residual[i] + x[i];
+// sum = residual + x, rounded once to their dtype.
+void add(const Row& residual, const Row& x, const OutputRow& sum, int64_t count) {
+  float wide_residual[kRunLength];
+  float wide_x[kRunLength];
+  float wide_sum[kRunLength];
+  for_runs(count, [&](int64_t at, int64_t size) {
+    const float* before = residual.from(at).floats(size, wide_residual);
+    const float* values = x.from(at).floats(size, wide_x);
+    float* total = sum.place(at, wide_sum);
+    for (int64_t i = 0; i < size; ++i) total[i] = before[i] + values[i];
+    sum.finish(total, at, size);
+  });
 }
 
 }  // namespace
@@ -25,18 +31,23 @@ SKV_INLINE void add(const float* residual, const float* x, float* sum, int64_t c
 void rms_norm(const RmsNormParams& params, ParallelFor parallel_for) {
   const int64_t count = params.num_features;
   if (count == 0) return;
+  const Row input{params.input, params.activation_dtype};
+  const Row weight{params.weight, params.weight_dtype};
+  const int64_t row_bytes = count * element_size(params.activation_dtype);
   auto normalise_rows = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const float* x = static_cast<const float*>(params.input) +
-                       row / params.inner_rows * params.outer_stride +
-                       row % params.inner_rows * params.inner_stride;
+      Row x = input.from(row / params.inner_rows * params.outer_stride +
+                         row % params.inner_rows * params.inner_stride);
       if (params.residual != nullptr) {
-        float* sum = static_cast<float*>(params.sum) + row * count;
-        add(static_cast<const float*>(params.residual) + row * count, x, sum, count);
-        x = sum;
+        const Row residual{static_cast<const char*>(params.residual) + row * row_bytes,
+                           params.activation_dtype};
+        void* sum = static_cast<char*>(params.sum) + row * row_bytes;
+        add(residual, x, {sum, params.activation_dtype}, count);
+        x.data = sum;
       }
-      normalise_row(x, params.weight, params.epsilon,
-                    static_cast<float*>(params.output) + row * count, count);
+      const OutputRow output{static_cast<char*>(params.output) + row * row_bytes,
+                             params.activation_dtype};
+      normalise_row(x, weight, params.epsilon, output, count);
     }
   };
   parallel_for(params.num_rows, 1 + kElementsPerThread / count, normalise_rows);

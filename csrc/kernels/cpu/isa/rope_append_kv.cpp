@@ -39,65 +39,70 @@ SKV_INLINE void rotate(const float* low, const float* high, const float* cosine,
 void rotate_query_head(const RopeAppendKvParams& params, int64_t head) {
   const int64_t head_dim = params.layout.head_dim;
   const int64_t half = head_dim / 2;
+  const int64_t size = element_size(params.activation_dtype);
+  float wide[2][kRunLength];
   for (int64_t row = 0; row < params.num_rows; ++row) {
     const float* cosine = params.cos_sin + params.positions[row] * head_dim;
-    float* query = static_cast<float*>(params.query) + row * params.query_row_stride +
-                   head * params.query_head_stride;
-    rotate(query, query + half, cosine, cosine + half, query, query + half, half);
+    const int64_t start = row * params.query_row_stride + head * params.query_head_stride;
+    const OutputRow query{static_cast<char*>(params.query) + start * size, params.activation_dtype};
+    const Row source{query.data, query.dtype};
+    for_runs(half, [&](int64_t at, int64_t count) {
+      float* low = query.place(at, wide[0]);
+      float* high = query.place(half + at, wide[1]);
+      rotate(source.from(at).floats(count, low), source.from(half + at).floats(count, high),
+             cosine + at, cosine + half + at, low, high, count);
+      query.finish(low, at, count);
+      query.finish(high, half + at, count);
+    });
   }
 }
 
 // Calls take(rotated, count, at) for runs of the rotated key.
 template <typename Take>
-SKV_INLINE void rotate_key(const float* key, const float* cosine, int64_t half, Take take) {
+SKV_INLINE void rotate_key(const Row& key, const float* cosine, int64_t half, Take take) {
   float low[kChunk];
   float high[kChunk];
   for (int64_t i = 0; i < half; i += kChunk) {
     const int64_t count = std::min(kChunk, half - i);
-    rotate(key + i, key + half + i, cosine + i, cosine + half + i, low, high, count);
+    rotate(key.from(i).floats(count, low), key.from(half + i).floats(count, high), cosine + i,
+           cosine + half + i, low, high, count);
     take(low, count, i);
     take(high, count, half + i);
   }
 }
 
 // The rotated key to its place. Where it is quantized it is rotated twice: its scale comes first.
-void write_key(const RopeAppendKvParams& params, const float* key, const float* cosine, int64_t at,
-               int64_t scale_at) {
-  const int64_t half = params.layout.head_dim / 2;
-  if (params.kv_dtype != DType::kInt8) {
+void write_key(const Row& key, const float* cosine, int64_t head_dim, const PoolVector& target) {
+  const int64_t half = head_dim / 2;
+  if (target.dtype != DType::kInt8) {
     rotate_key(key, cosine, half, [&](const float* run, int64_t count, int64_t i) {
-      store_run(run, count, params.k_pool, params.kv_dtype, at + i);
+      store_run(run, count, target.pool, target.dtype, target.at + i);
     });
     return;
   }
-  auto* target = static_cast<int8_t*>(params.k_pool) + at;
+  auto* elements = static_cast<int8_t*>(target.pool) + target.at;
   QuantizedVector vector;
   rotate_key(key, cosine, half,
              [&](const float* run, int64_t count, int64_t) { vector.look_at(run, count); });
   rotate_key(key, cosine, half, [&](const float* run, int64_t count, int64_t i) {
-    vector.store(run, count, target + i);
+    vector.store(run, count, elements + i);
   });
-  params.k_scales[scale_at] = vector.scale();
+  target.scales[target.scale_at] = vector.scale();
 }
 
 void write_kv_head(const RopeAppendKvParams& params, int64_t head) {
   const int64_t head_dim = params.layout.head_dim;
+  const Row keys{params.key, params.activation_dtype};
+  const Row values{params.value, params.activation_dtype};
   for (int64_t row = 0; row < params.num_rows; ++row) {
     if (params.slots[row] < 0) continue;
-    const int64_t pool_at = params.layout.slot_offset(params.slots[row], head);
+    const int64_t at = params.layout.slot_offset(params.slots[row], head);
     const int64_t scale_at = params.layout.scale_offset(params.slots[row], head);
-    const float* cosine = params.cos_sin + params.positions[row] * head_dim;
-    const float* key = static_cast<const float*>(params.key) + row * params.key_row_stride +
-                       head * params.key_head_stride;
-    write_key(params, key, cosine, pool_at, scale_at);
-    const float* value = static_cast<const float*>(params.value) + row * params.value_row_stride +
-                         head * params.value_head_stride;
-    if (params.kv_dtype == DType::kInt8) {
-      store_quantized(value, head_dim, static_cast<int8_t*>(params.v_pool) + pool_at,
-                      params.v_scales + scale_at);
-    } else {
-      store_run(value, head_dim, params.v_pool, params.kv_dtype, pool_at);
-    }
+    write_key(keys.from(row * params.key_row_stride + head * params.key_head_stride),
+              params.cos_sin + params.positions[row] * head_dim, head_dim,
+              {params.k_pool, params.kv_dtype, at, params.k_scales, scale_at});
+    store_vector(values.from(row * params.value_row_stride + head * params.value_head_stride),
+                 head_dim, {params.v_pool, params.kv_dtype, at, params.v_scales, scale_at});
   }
 }
 

@@ -5,40 +5,61 @@
 #include <cmath>
 #include <cstring>
 
+#include "csrc/kernels/cpu/isa/elements.h"
 #include "csrc/kernels/cpu/isa/simd.h"
 
 namespace skv::cpu::SKV_ISA_NS {
 
-SKV_INLINE float sum_of_squares(const float* x, int64_t count) {
+template <typename Load>
+SKV_INLINE float sum_of_squares(const typename Load::Element* x, int64_t count) {
   // Four chains hide the latency of the addition.
   Vec sum[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
   int64_t i = 0;
   for (; i + 4 * Vec::kWidth <= count; i += 4 * Vec::kWidth) {
     for (int chain = 0; chain < 4; ++chain) {
-      const Vec value = Vec::load(x + i + chain * Vec::kWidth);
+      const Vec value = Load::load(x + i + chain * Vec::kWidth);
       sum[chain] = fma(value, value, sum[chain]);
     }
   }
   for (; i + Vec::kWidth <= count; i += Vec::kWidth) {
-    const Vec value = Vec::load(x + i);
+    const Vec value = Load::load(x + i);
     sum[0] = fma(value, value, sum[0]);
   }
   float tail = 0.0F;
-  for (; i < count; ++i) tail += x[i] * x[i];
+  for (; i < count; ++i) {
+    const float value = Load::load_one(x + i);
+    tail += value * value;
+  }
   return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
 }
 
-// y = x * weight / sqrt(mean(x^2) + epsilon). The order of the sum depends on the length only.
-SKV_INLINE void normalise_row(const float* x, const float* weight, float epsilon, float* y,
-                              int64_t count) {
-  const float mean = sum_of_squares(x, count) / static_cast<float>(count);
-  const float factor = 1.0F / std::sqrt(mean + epsilon);
+SKV_INLINE void scale_run(const float* x, const float* weight, float factor, float* y,
+                          int64_t count) {
   const Vec factors = Vec::set1(factor);
   int64_t i = 0;
   for (; i + Vec::kWidth <= count; i += Vec::kWidth) {
     (Vec::load(x + i) * factors * Vec::load(weight + i)).store(y + i);
   }
   for (; i < count; ++i) y[i] = x[i] * factor * weight[i];
+}
+
+// y = x * weight / sqrt(mean(x^2) + epsilon). The order of the sum depends on the length only.
+inline void normalise_row(const Row& x, const Row& weight, float epsilon, const OutputRow& y,
+                          int64_t count) {
+  const float squares = x.dispatch([&]<typename Load>(const typename Load::Element* elements) {
+    return sum_of_squares<Load>(elements, count);
+  });
+  const float mean = squares / static_cast<float>(count);
+  const float factor = 1.0F / std::sqrt(mean + epsilon);
+  float wide_x[kRunLength];
+  float wide_weight[kRunLength];
+  float wide_y[kRunLength];
+  for_runs(count, [&](int64_t at, int64_t size) {
+    float* results = y.place(at, wide_y);
+    scale_run(x.from(at).floats(size, wide_x), weight.from(at).floats(size, wide_weight), factor,
+              results, size);
+    y.finish(results, at, size);
+  });
 }
 
 SKV_INLINE Vec silu_mul_vector(Vec gate, Vec up) {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "csrc/kernels/cpu/isa/elements.h"
 #include "csrc/kernels/cpu/isa/kernels.h"
 #include "csrc/kernels/cpu/isa/simd.h"
 #include "csrc/kernels/sample_rule.h"
@@ -34,16 +35,7 @@ SKV_INLINE float block_maximum(const float* row, int64_t count, Vec& bad) {
 }  // namespace
 
 void widen(const uint16_t* values, DType dtype, int64_t count, float* wide) {
-  int64_t i = 0;
-  if (dtype == DType::kFloat16) {
-    for (; i + Vec::kWidth <= count; i += Vec::kWidth) Vec::load_half(values + i).store(wide + i);
-    for (; i < count; ++i) wide[i] = half_to_float(values[i]);
-  } else {
-    for (; i + Vec::kWidth <= count; i += Vec::kWidth) {
-      Vec::load_bfloat16(values + i).store(wide + i);
-    }
-    for (; i < count; ++i) wide[i] = bfloat16_to_float(values[i]);
-  }
+  Row{values, dtype}.copy_to(wide, count);
 }
 
 float block_maxima(const float* row, int64_t count, float* maxima) {
