@@ -1,9 +1,9 @@
 """Suite `cpu_linear`: all linear layers of SmolLM2 on rows of a decode, a verify, a delta.
 
 Weights are those of the model's file as the loader packs them. The peer is torch with whichever
-weights are quickest: float32, bfloat16, or int8 of torch's own; each can be asked for. llama.cpp
-has no call for the linear layers alone: its rows are compared in suite `cpu_model`, where a whole
-forward pass on an empty context is little else.
+weights are quickest: float32, bfloat16, int8 or int4 of torch's own (int4 where the file has it);
+each can be asked for. llama.cpp has no call for the linear layers alone: its rows are compared in
+suite `cpu_model`, where a whole forward pass on an empty context is little else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Case, Settings, Trial, Work
-from bench.peers.torch_linear import TOLERANCE, TorchInt8Linear, TorchLinear
+from bench.peers.torch_linear import TOLERANCE, TorchInt4Linear, TorchInt8Linear, TorchLinear
 from bench.selection import Row
 from bench.suites import linear_walk, peer_ways, shapes
 
@@ -32,6 +32,7 @@ PEERS: dict[str, Callable[[list[Tensor]], Multiply]] = {
     EXACT: lambda weights: TorchLinear(weights, torch.float32),
     "torch_bf16": lambda weights: TorchLinear(weights, torch.bfloat16),
     "torch_int8": TorchInt8Linear,
+    "torch_int4": TorchInt4Linear,
 }
 
 
@@ -43,7 +44,8 @@ def _setup(weight_format: str, num_rows: int, num_layers: int, settings: Setting
     multiplies = {
         name: make(walk.plain)
         for name, make in PEERS.items()
-        if is_best or name == EXACT or settings.asks_for(name)
+        if (is_best or name == EXACT or settings.asks_for(name))
+        and (name != "torch_int4" or weight_format == "auto")
     }
     checked = [*range(linear_walk.PER_LAYER), len(inputs) - 1]
 

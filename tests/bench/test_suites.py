@@ -99,7 +99,7 @@ def test_cpu_linear_and_attention(tmp_path):
     for result in document["results"]:
         details = result["details"]
         assert details["weights"] == source and details["head_rows"] == result["axes"]["M"]
-        assert details["peer_setting"] in ("torch_fp32", "torch_bf16", "torch_int8")
+        assert details["peer_setting"] in ("torch_fp32", "torch_bf16", "torch_int8", "torch_int4")
         assert "settings_left_out" not in details
         assert result["check"]["bits_equal"] is True
     document = _run("cpu_attention", tmp_path, "--only", "paged")

@@ -280,6 +280,35 @@ def test_ways_of_a_product_agree():
         assert harness.compare(multiply(x), expected, torch_linear.TOLERANCE).ok
 
 
+def test_a_walk_of_products_agrees_in_every_dtype():
+    weights = [torch.randn(64, 96), torch.randn(96, 64), torch.randn(128, 64)]
+    exact = torch_linear.TorchLinear(weights, torch.float32)
+    others = {
+        "bf16": torch_linear.TorchLinear(weights, torch.bfloat16),
+        "int8": torch_linear.TorchInt8Linear(weights),
+        "int4": torch_linear.TorchInt4Linear([*map(_of_16_values, weights[:2]), weights[2]]),
+    }
+    for name, multiply in others.items():
+        plain = exact
+        if name == "int4":
+            rounded = [*map(_of_16_values, weights[:2]), weights[2]]
+            plain = torch_linear.TorchLinear(rounded, torch.float32)
+        for index, weight in enumerate(weights):
+            x = torch.randn(3, weight.shape[1])
+            found = harness.compare(
+                multiply(index, x).float(), plain(index, x), torch_linear.TOLERANCE
+            )
+            assert found.ok, (name, index, found)
+
+
+def _of_16_values(weight: torch.Tensor) -> torch.Tensor:
+    """Rounded as a 4-bit file has it: 16 values in each 32 inputs."""
+    groups = weight.view(len(weight), -1, 32)
+    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    steps = ((groups - least) / (most - least) * 15).round()
+    return (least + steps * (most - least) / 15).view(weight.shape)
+
+
 def test_formulations_on_the_cpu_have_masks_to_add():
     q = torch.randn(1, 4, 3, 16)
     assert "gqa, additive mask" in torch_attention.formulations(q, 2, 20, 0.25)
