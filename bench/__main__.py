@@ -1,9 +1,13 @@
-"""`python -m bench run SUITE...` measures; `report` and `targets FILE.json...` show."""
+"""`python -m bench run SUITE...` measures; `report` and `targets FILE.json...` show.
+
+`run --list` says what there is to measure and runs nothing.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -11,18 +15,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import device, harness, report, targets
+from bench import device, harness, report, selection, targets
 from bench.document import document as make_document
 
 SUITES = (*device.CPU_SUITES, *device.GPU_SUITES)
+RESULTS = ("bench", "results")  # the folder of the figures that documents refer to
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run suites and write one JSON file")
-    run.add_argument("suites", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES))
-    run.add_argument("--smoke", action="store_true", help="tiny and quick: shows that it runs")
+    run.add_argument(
+        "suites", nargs="*", type=_suite, default=[], metavar="SUITE", help=", ".join(SUITES)
+    )
+    run.add_argument(
+        "--list", action="store_true", help="show suites, rows and axes (default: all) and stop"
+    )
+    run.add_argument(
+        "--smoke", action="store_true", help="tiny and quick: shows that it runs, judges nothing"
+    )
     run.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: the one that the suites are made for"
     )
@@ -31,6 +43,15 @@ def _parser() -> argparse.ArgumentParser:
         help="compare with this peer only (or A,B,...); all: with every peer",
     )
     run.add_argument("--only", help="only cases whose name contains this (or one of A,B,...)")
+    run.add_argument(
+        "--where",
+        nargs="+",
+        action="extend",
+        type=_where,
+        default=[],
+        metavar="AXIS=VALUE,...",
+        help="only cases with these values of their axes; all that are named must match",
+    )
     run.add_argument("--pairs", type=_positive, default=harness.MIN_PAIRS, help="pairs a case")
     run.add_argument("--threads", type=_positive, help="CPU threads")
     run.add_argument("--quiet-machine", action="store_true", help="refuse to run on a busy machine")
@@ -50,6 +71,39 @@ def _positive(text: str) -> int:
     return number
 
 
+def _suite(text: str) -> str:
+    if text not in SUITES:
+        raise argparse.ArgumentTypeError(f"no suite {text!r}; there are {', '.join(SUITES)}")
+    return text
+
+
+def _where(text: str) -> tuple[str, tuple[str, ...]]:
+    try:
+        return selection.parse_where(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _is_result(path: Path) -> bool:
+    """Whether the file would lie among the results that documents refer to."""
+    parts = path.resolve().parent.parts
+    return RESULTS in itertools.pairwise(parts)
+
+
+def _rows(suites: list[str], settings: harness.Settings) -> dict[str, list[selection.Row]]:
+    """The rows of each suite, before any filter."""
+    modules = {suite: importlib.import_module(f"bench.suites.{suite}") for suite in suites}
+    return {suite: module.rows(settings) for suite, module in modules.items()}
+
+
+def _list(rows: dict[str, list[selection.Row]], chosen: selection.Selection) -> None:
+    for suite, all_rows in rows.items():
+        left = [row for row in all_rows if chosen.takes(row.label or row.name, row.axes)]
+        print(f"{suite}: {len(left)} rows")
+        for line in selection.lines(left):
+            print(f"  {line}")
+
+
 def _require_writable(path: Path) -> None:
     """OSError if the file could not be written; before the run, so that no result is lost."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +116,24 @@ def _require_writable(path: Path) -> None:
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
     import torch
 
+    chosen = selection.Selection(args.only, _merged(args.where))
+    # The device matters to no row, so rows are listed where the device is missing, too.
+    rows = _rows(args.suites or list(SUITES), harness.Settings(args.smoke))
+    chosen.check([row for some in rows.values() for row in some])
+    if args.list:
+        _list(rows, chosen)
+        return 0
+    if not args.suites:
+        print(f"bench: name a suite: {', '.join(SUITES)}", file=sys.stderr)
+        return 2
     if args.out is not None:
+        if args.smoke and _is_result(args.out):
+            print(
+                "bench: --out: a smoke run is no result; write it to another folder than "
+                f"{'/'.join(RESULTS)}",
+                file=sys.stderr,
+            )
+            return 2
         try:
             _require_writable(args.out)
         except OSError as error:
@@ -71,7 +142,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     where = device.choose(args.suites, args.device, args.smoke)
-    settings = harness.Settings(args.smoke, where, args.peer, args.pairs, only=args.only)
+    settings = harness.Settings(args.smoke, where, args.peer, args.pairs, selection=chosen)
     document = make_document(args.suites, settings, argv)
     if document["busy_at_start"]:
         load = document["machine"]["load_average"][0]
@@ -93,9 +164,27 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         if args.out is not None and has_any and not failed:
             args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if not has_any:
-        print("bench: no case matches --only and --peer", file=sys.stderr)
+        print(f"bench: no case has a peer {args.peer}", file=sys.stderr)
         return 2
+    _sum_up(document)
     return 1 if document.get("failed") else 0
+
+
+def _merged(where: list[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
+    """Filters by axis; an axis that is named twice has all its values."""
+    merged: dict[str, tuple[str, ...]] = {}
+    for axis, values in where:
+        merged[axis] = (*merged.get(axis, ()), *values)
+    return merged
+
+
+def _sum_up(document: dict[str, Any]) -> None:
+    """What must be known of all results together."""
+    if document["smoke"]:
+        print(targets.NOT_JUDGED)
+    faults = sum("fault" in result.get("floor", {}) for result in document["results"])
+    if faults:
+        print(f"bench: {faults} results are above their roof: measured wrong", file=sys.stderr)
 
 
 def _run_suites(suites: list[str], settings: harness.Settings, document: dict[str, Any]) -> None:
@@ -103,8 +192,10 @@ def _run_suites(suites: list[str], settings: harness.Settings, document: dict[st
 
     def emit(result: dict[str, Any]) -> None:
         kind = next((kind for kind in ("skipped", "failed") if kind in result), "results")
+        if settings.smoke:
+            result = harness.unjudged(result)
         document.setdefault(kind, []).append(result)
-        print(report.line(result), flush=True)
+        print(report.line(result, is_judged=not settings.smoke), flush=True)
 
     for suite in suites:
         module = importlib.import_module(f"bench.suites.{suite}")
@@ -121,6 +212,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "targets":
             return targets.main([report.load(path) for path in args.files])
         return report.main(args.files, args.out)
+    except selection.SelectionError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     except device.DeviceError as error:
         print(f"bench: {error}", file=sys.stderr)
         return error.status

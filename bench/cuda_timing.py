@@ -25,10 +25,15 @@ class CaptureError(RuntimeError):
     """A call cannot be captured in a CUDA graph; the message is one line."""
 
 
+def l2_bytes() -> int:
+    """Size of the device's L2, its last cache before memory."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(properties.L2_cache_size)
+
+
 def cold_bytes() -> int:
     """How much rotating data counts as cold: a multiple of L2 above two."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return L2_TIMES * int(properties.L2_cache_size)
+    return L2_TIMES * l2_bytes()
 
 
 def machine() -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """One harness for all benches: check first, then time ours and the peer in turns.
 
 A suite yields cases. A case is set up into a trial: the call of ours, calls of the peers, a check
-that they agree, and the bytes and flops counted from the shapes. The harness runs the check, warms
-up, and takes samples A B A B in one process; the verdict comes from the paired ratios (peer / ours,
-so above 1 ours is faster), whose median has a bootstrap interval.
+that they agree, and the bytes and flops counted from the shapes. The harness runs the check, finds
+the quickest way of a peer that has several, warms up, and takes samples A B A B in one process; the
+verdict comes from the paired ratios (peer / ours, so above 1 ours is faster), whose median has a
+bootstrap interval.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bench import cuda_timing, roofs, targets
+from bench import cuda_timing, floors, roofs, targets
 from bench.cuda_timing import Call
+from bench.floors import Work as Work
+from bench.selection import Row, Selection
+from bench.ways import Choice, Ways, quickest
 
 SCHEMA = "stateful-kv-bench/1"
 CLEAR = 0.02  # An interval this far from 1 is FASTER or SLOWER.
@@ -34,7 +38,7 @@ class Settings:
     peer: str | None = None  # None: the first peer of each case; "all"; or names with commas.
     pairs: int = MIN_PAIRS
     sample_s: float = 0.01
-    only: str | None = None  # Run only cases whose name contains this, or one of these by commas.
+    selection: Selection = field(default_factory=Selection)
 
     @property
     def num_pairs(self) -> int:
@@ -48,21 +52,14 @@ class Settings:
         """Whether this peer was named, or all were."""
         return self.peer is not None and (self.peer == "all" or peer in self.peer.split(","))
 
-    def selects(self, name: str) -> bool:
-        """Whether a case of this name is to run."""
-        return self.only is None or any(part in name for part in self.only.split(","))
+    @property
+    def choice_s(self) -> float:
+        """Length of a sample that only chooses between the ways of a peer."""
+        return self.min_sample_s / 2
 
     @property
     def cold_bytes(self) -> int:
         return 1 << 20 if self.smoke else roofs.cold_bytes(self.device)
-
-
-@dataclass(frozen=True)
-class Work:
-    """Bytes that must move and flops that must be done for one call, from the shapes alone."""
-
-    bytes: int
-    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ class Trial:
     ours: Call
     work: Work
     check: Callable[[str], Check]  # given the peer's name, or "" where there is no peer
-    peers: dict[str, Call | Missing] = field(default_factory=dict)
+    peers: dict[str, Call | Ways | Missing] = field(default_factory=dict)
     rotations: int = 1
     rotation_bytes: int = 0
     calls_per_sample: int | None = None
@@ -126,6 +123,11 @@ class Case:
     setup: Callable[[Settings], Trial]
 
 
+def rows_of(cases: Iterable[Case]) -> list[Row]:
+    """What `--list` and the filters need to know of cases."""
+    return [Row(case.name, case.axes) for case in cases]
+
+
 def compare(ours: Any, peer: Any, tolerance: float, bits_equal: bool | None = None) -> Check:
     """Largest absolute difference over the peer's largest value (at least 1), against `tolerance`.
 
@@ -148,7 +150,7 @@ def compare(ours: Any, peer: Any, tolerance: float, bits_equal: bool | None = No
 
 
 def statistics_of(samples: Iterable[float]) -> dict[str, Any]:
-    """Median, p10 and p90 beside the raw samples."""
+    """Median, p10, p90 and noise beside the raw samples."""
     values = np.asarray(list(samples), dtype=np.float64)
     p10, median, p90 = np.percentile(values, [10, 50, 90])
     return {
@@ -156,8 +158,18 @@ def statistics_of(samples: Iterable[float]) -> dict[str, Any]:
         "median": float(median),
         "p10": float(p10),
         "p90": float(p90),
+        "noise_percent": noise_percent(values),
         "samples": [float(value) for value in values],
     }
+
+
+def noise_percent(samples: Iterable[float]) -> float | None:
+    """Distance of the quartiles in percent of the median; None of a single sample."""
+    values = np.asarray(list(samples), dtype=np.float64)
+    if len(values) < 2:
+        return None
+    p25, median, p75 = np.percentile(values, [25, 50, 75])
+    return float(100 * (p75 - p25) / median)
 
 
 def bootstrap_interval(ratios: Iterable[float], resamples: int = 2000) -> tuple[float, float]:
@@ -252,6 +264,19 @@ def _side(call: Call, trial: Trial) -> _Sampler:
     return _Side(call, trial)
 
 
+def _choose(peer: Call | Ways, trial: Trial, settings: Settings) -> Choice | None:
+    """The way of a peer that has several; None where it has one."""
+    if not isinstance(peer, Ways):
+        return None
+
+    def sampler(call: Call) -> Callable[[], float]:
+        side = _side(call, trial)
+        calls = side.calibrate(settings.choice_s)
+        return lambda: side.sample(calls)
+
+    return quickest(peer, sampler)
+
+
 def measure(trial: Trial, peer: str | None, settings: Settings) -> dict[str, Any]:
     """Time ours, in turns with `peer` unless that is None."""
     ours = _side(trial.ours, trial)
@@ -260,9 +285,10 @@ def measure(trial: Trial, peer: str | None, settings: Settings) -> dict[str, Any
     if peer is None:
         samples = [ours.sample(calls) for _ in range(settings.num_pairs)]
         return {"calls_per_sample": calls, "ours": statistics_of(samples)}
-    peer_call = trial.peers[peer]
-    assert not isinstance(peer_call, Missing)
-    other = _side(peer_call, trial)
+    theirs = trial.peers[peer]
+    assert not isinstance(theirs, Missing)
+    choice = _choose(theirs, trial, settings)
+    other = _side(theirs if choice is None else choice.call, trial)
     try:
         peer_calls = other.calibrate(settings.min_sample_s)
     except cuda_timing.CaptureError as error:
@@ -276,15 +302,8 @@ def measure(trial: Trial, peer: str | None, settings: Settings) -> dict[str, Any
         "ours": statistics_of(our_samples),
         "peer": statistics_of(peer_samples),
         "ratio": ratio_of(our_samples, peer_samples),
+        **({} if choice is None else {"details": choice.details()}),
     }
-
-
-def floor_of(work: Work, roof: dict[str, Any]) -> dict[str, Any]:
-    """The least time the roofs allow for `work`, and which roof it is."""
-    bytes_per_s, flops_per_s = roofs.limits(roof)
-    by_bytes, by_flops = work.bytes / bytes_per_s, work.flops / flops_per_s
-    kind = "bandwidth" if by_bytes >= by_flops else "flops"
-    return {"seconds": max(by_bytes, by_flops), "kind": kind}
 
 
 class CheckFailedError(Exception):
@@ -300,7 +319,7 @@ def run_cases(
 ) -> None:
     """Set up, check and time each case; `emit` gets one result for each case and peer."""
     for case in cases:
-        if not settings.selects(case.name):
+        if not settings.selection.takes(case.name, case.axes):
             continue
         trial = case.setup(settings)
         chosen = _chosen_peers(trial, settings)
@@ -325,29 +344,55 @@ def run_cases(
             except PeerMissingError as error:
                 emit(skipped(suite, case.name, case.axes, peer, str(error)))
                 peer, timing = None, measure(trial, None, settings)
-            floor = floor_of(trial.work, roof)
-            seconds = timing["ours"]["median"]
-            result = {
-                "suite": suite,
-                "name": case.name,
-                "axes": case.axes,
-                "peer_name": peer,
-                "check": vars(check),
-                "work": vars(trial.work),
-                "rotations": trial.rotations,
-                "rotation_bytes": trial.rotation_bytes,
-                "unit": trial.unit,
-                "units_per_call": trial.units,
-                "ns_per_unit": seconds * 1e9 / trial.units,
-                "floor": {
-                    **floor,
-                    "fraction": floor["seconds"] / seconds,
-                    "read_fraction": trial.work.bytes / roofs.limits(roof)[0] / seconds,
-                },
-                **timing,
-                **({} if trial.details is None else {"details": trial.details(peer or "")}),
-            }
+            result = _result(suite, case, trial, peer, check, timing, roof)
             emit(with_headline(result, settings))
+
+
+def _result(
+    suite: str,
+    case: Case,
+    trial: Trial,
+    peer: str | None,
+    check: Check,
+    timing: dict[str, Any],
+    roof: dict[str, Any],
+) -> dict[str, Any]:
+    """What is emitted of a case and a peer."""
+    seconds, noise = timing["ours"]["median"], timing["ours"]["noise_percent"]
+    num_bytes = floors.working_set(trial.work, trial.rotation_bytes)
+    about = {} if trial.details is None else trial.details(peer or "")
+    about |= timing.pop("details", {})
+    return {
+        "suite": suite,
+        "name": case.name,
+        "axes": case.axes,
+        "peer_name": peer,
+        "check": vars(check),
+        "work": vars(trial.work),
+        "rotations": trial.rotations,
+        "rotation_bytes": trial.rotation_bytes,
+        "working_set_bytes": num_bytes,
+        "warm": floors.is_warm(num_bytes, roof) if num_bytes else None,
+        "unit": trial.unit,
+        "units_per_call": trial.units,
+        "ns_per_unit": seconds * 1e9 / trial.units,
+        "noise_percent": timing.get("ratio", timing["ours"])["noise_percent"],
+        "floor": floors.judge(trial.work, trial.rotation_bytes, roof, seconds, noise or 0.0),
+        **timing,
+        **({"details": about} if about or trial.details is not None else {}),
+    }
+
+
+# What a smoke run must not say: its times mean nothing, so neither do ratios and shares of them.
+JUDGED = (
+    "ratio", "ratio_of_medians", "ratio_to_fp32", "ratio_to_llama_cpp", "target", "target_met",
+    "headline", "note", "noise_percent", "floor",
+)  # fmt: skip
+
+
+def unjudged(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of a smoke run: that it ran, and its checks."""
+    return {key: value for key, value in result.items() if key not in JUDGED}
 
 
 def with_headline(result: dict[str, Any], settings: Settings) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import targets
+from bench.harness import noise_percent
 from bench.roofs import describe
+from bench.targets import NOT_JUDGED
 
 COLORS = {"FASTER": "#0b6e99", "SLOWER": "#b3402e", "SAME": "#6b7780", "UNCLEAR": "#c9a227"}
 
@@ -40,21 +42,55 @@ def _fraction(result: dict[str, Any]) -> str:
     floor = result.get("floor")
     if floor is None or floor["seconds"] == 0:
         return "-"
+    # Files of earlier versions held what lay in the cache against the memory, and knew no faults.
+    most = 1 + (_noise_of(result, "ours") or 0.0) / 100
+    if "fault" in floor or floor["fraction"] > most:
+        return f"FAULT: {floor.get('fault') or 'above the roof of ' + floor['kind']}"
     return f"{floor['fraction']:.0%} of {floor['kind']}"
 
 
-def line(result: dict[str, Any]) -> str:
+def _noise_of(result: dict[str, Any], side: str) -> float | None:
+    """Spread of the times of a side or of the ratios, in percent; None where it is unknown."""
+    samples = result.get(side, {}).get("samples", ())
+    return noise_percent(samples) if len(samples) > 1 else None
+
+
+def _noise(result: dict[str, Any]) -> str:
+    """Spread of the paired ratios, or of our times where there is no peer."""
+    noise = _noise_of(result, "ratio" if "ratio" in result else "ours")
+    return "-" if noise is None else f"{noise:.1f} %"
+
+
+def _inputs(result: dict[str, Any]) -> str:
+    """Where the inputs lie; nothing of files that do not say it."""
+    return {True: "warm", False: "cold"}.get(result.get("warm"), "")
+
+
+def _peer(result: dict[str, Any]) -> str:
+    """The peer, and which of its ways was the quickest."""
+    setting = result.get("details", {}).get("peer_setting")
+    return f"{result['peer_name'] or ''}{f' ({setting})' if setting else ''}"
+
+
+def line(result: dict[str, Any], is_judged: bool = True) -> str:
     """One result on one line, for the terminal."""
     if "skipped" in result:
         return f"{title(result)}: {result['peer_name']} skipped: {result['skipped']}"
     if "failed" in result:
         return f"{title(result)}: FAILED: {result['failed']}"
+    if not is_judged:
+        peer = f", {result['peer_name']} too" if result.get("peer_name") else ""
+        return f"{title(result)}: ran{peer}, {_checks(result) or 'check holds'}"
     parts = [f"{title(result)}: {seconds(result['ours']['median'])}"]
     if result.get("unit", "call") != "call":
         parts.append(f"{result['ns_per_unit']:.3g} ns per {result['unit']}")
     if "ratio" in result:
         verdict = result["ratio"]["verdict"]
-        parts.append(f"{_comparison(result)} vs {result['peer_name']} {verdict}")
+        parts.append(f"{_comparison(result)} vs {_peer(result)} {verdict}")
+    if _noise(result) != "-":
+        parts.append(f"noise {_noise(result)}")
+    if _inputs(result):
+        parts.append(_inputs(result))
     if _fraction(result) != "-":
         parts.append(_fraction(result))
     if "headline" in result:
@@ -62,9 +98,16 @@ def line(result: dict[str, Any]) -> str:
     if "note" in result:
         parts.append(result["note"])
     if "checks" in result:
-        failed = [name for name, ok in result["checks"].items() if ok is False]
-        parts.append("checks failed: " + ", ".join(failed) if failed else "all checks hold")
+        parts.append(_checks(result))
     return ", ".join(parts)
+
+
+def _checks(result: dict[str, Any]) -> str:
+    """Whether the checks of a result hold; nothing where it has none of its own."""
+    if "checks" not in result:
+        return ""
+    failed = [name for name, ok in result["checks"].items() if ok is False]
+    return "checks failed: " + ", ".join(failed) if failed else "all checks hold"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -88,19 +131,25 @@ def markdown(document: dict[str, Any]) -> str:
     machine, roofs, git = document["machine"], document["roofs"], document["git"]
     sha = (git["sha"] or "unknown")[:10] + (" (dirty)" if git["dirty"] else "")
     rows = [
-        f"## {', '.join(document['suites'])}"
-        + (" (smoke: shows that it runs, times mean nothing)" if document["smoke"] else ""),
+        f"## {', '.join(document['suites'])}" + (f" ({NOT_JUDGED})" if document["smoke"] else ""),
         "",
         f"{_device(machine)}, {machine['threads']} threads, {document['build']['cpu_isa']}; torch "
         f"{machine['torch']}; {machine['date']}; commit {sha}; load at start "
         f"{machine['load_average'][0]}.",
         f"Roofs measured in this run: {describe(roofs)}. "
-        f"Rotating inputs are cold beyond {document['cold_bytes'] / 1e6:.0f} MB.",
+        f"Inputs rotate through up to {document['cold_bytes'] / 1e6:.0f} MB" + _cache_words(roofs),
         "",
         f"    {document['command']}",
         "",
-        "| case | ours (median) | p10 - p90 | per unit | peer | speed-up [95 %] | verdict | roof |",
-        "|---|---|---|---|---|---|---|---|",
+    ]
+    if document["smoke"]:
+        rows += ["| case |", "|---|"]
+        rows += [f"| {line(r, is_judged=False)} |" for r in document["results"]]
+        return "\n".join(rows + _remarks(document)) + "\n"
+    rows += [
+        "| case | ours (median) | p10 - p90 | per unit | peer | speed-up [95 %] | verdict | noise "
+        "| inputs | roof |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in document["results"]:
         ours = result["ours"]
@@ -111,19 +160,34 @@ def markdown(document: dict[str, Any]) -> str:
             seconds(ours["median"]),
             f"{seconds(ours['p10'])} - {seconds(ours['p90'])}",
             "" if unit == "call" else f"{result['ns_per_unit']:.3g} ns/{unit}",
-            result["peer_name"] or "",
+            _peer(result),
             _comparison(result),
             result["ratio"]["verdict"] if "ratio" in result else "",
+            _noise(result),
+            _inputs(result),
             _fraction(result),
         )
         rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows + _remarks(document)) + "\n"
+
+
+def _cache_words(roofs: dict[str, Any]) -> str:
+    """What warm means in this run; older files do not know it."""
+    size = roofs.get("llc_bytes")
+    if size is None:
+        return "."
+    return f"; what fits into the last-level cache of {size / 1e6:.0f} MB is warm."
+
+
+def _remarks(document: dict[str, Any]) -> list[str]:
+    """What stands below the table."""
     # Files of earlier versions have no such list.
     reasons = dict.fromkeys((r["peer_name"], r["skipped"]) for r in document.get("skipped", ()))
-    rows += [f"\nNot run: {peer}: {reason}" for peer, reason in reasons]
+    rows = [f"\nNot run: {peer}: {reason}" for peer, reason in reasons]
     rows += [f"\nAsked: {line}" for line in targets.lines(document)]
     if "ended_early" in document:
         rows.append(f"\nThe run ended early: {document['ended_early']}")
-    return "\n".join(rows) + "\n"
+    return rows
 
 
 def write_svg(path: Path, documents: list[dict[str, Any]]) -> None:

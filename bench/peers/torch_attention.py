@@ -1,4 +1,4 @@
-"""Attention of plain torch on a GPU: every formulation that gives the result, and the quickest one.
+"""Attention of plain torch: every formulation that gives the result, and on a GPU the quickest one.
 
 The peer is spared the paging: K and V of each sequence lie contiguous, masks are built beforehand.
 Of formulations and backends the quickest is timed, so that torch is compared at its best. A
@@ -63,10 +63,28 @@ def formulations(
             return sdpa(q, k, v, attn_mask=lower_right, scale=scale, enable_gqa=True)
 
         ways["lower right causal"] = causal
+    if mask is not None and not q.is_cuda:
+        ways |= _with_additive_mask(q, packed, mask, scale)
     for name, way in list(ways.items()):
         for backend in backends:
             ways[f"{name}, {backend.name.lower()}"] = _with_backend(way, backend)
     return ways
+
+
+def _with_additive_mask(
+    q: Tensor, packed: Tensor, mask: Tensor, scale: float
+) -> dict[str, Formulation]:
+    """The first two with 0 and -inf for the mask, which the CPU's kernel makes of it anyway."""
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    tall = bias.repeat(packed.shape[2] // q.shape[2], 1)
+
+    def gqa(k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
+
+    def packed_heads(k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(packed, k, v, attn_mask=tall, scale=scale).view(q.shape)
+
+    return {"gqa, additive mask": gqa, "heads packed into rows, additive mask": packed_heads}
 
 
 def _with_backend(way: Formulation, backend: SDPBackend) -> Formulation:

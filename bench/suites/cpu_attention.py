@@ -2,7 +2,8 @@
 
 Calls go round more layers than the caches hold, so K and V come from memory. The peer is torch's
 scaled dot product attention over the same values (those that the bytes of int8 pools stand for),
-contiguous and in float32, or in the dtype asked for.
+contiguous: the quickest of its formulations and of the dtypes, or the quickest formulation in the
+dtype asked for. It goes round as many bytes as ours, which are fewer layers where its are larger.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Case, Settings, Trial, Work
-from bench.peers import torch_sdpa
-from bench.suites import shapes
+from bench.peers.torch_attention import formulations
+from bench.selection import Row
+from bench.suites import peer_ways, shapes
+from bench.ways import Ways
 from stateful_kv import ops
 
 ROWS = (1, 4, 16, 64, 512)
@@ -30,10 +33,18 @@ KV_DTYPES = {
 }
 CORNERS = ("float32", "bfloat16", "int8")  # dtypes measured on the corners of the grid only
 SCALE = shapes.HEAD_DIM**-0.5
+BEST = "torch_sdpa"  # the quickest of the others
 PEERS = {
     "torch_sdpa_fp32": torch.float32,
     "torch_sdpa_fp16": torch.float16,
     "torch_sdpa_bf16": torch.bfloat16,
+}
+# Of the peers' ways beside their plain one.
+TOLERANCES = {
+    BEST: 2e-2,
+    "torch_sdpa_fp32": 1e-4,
+    "torch_sdpa_fp16": 2e-2,
+    "torch_sdpa_bf16": 2e-2,
 }
 
 
@@ -74,20 +85,50 @@ def _contiguous(
     return rows.to(dtype).contiguous()[None]
 
 
+Attend = Callable[[int], Tensor]
+
+
+def _torch_ways(
+    q: Tensor,
+    layers: list[_Layer],
+    pages: Tensor,
+    seq_len: int,
+    settings: Settings,
+    dtype: torch.dtype,
+) -> dict[str, Attend]:
+    """Formulations of torch in one dtype; calls give [1, H, N, D]."""
+    each = 2 * seq_len * shapes.NUM_KV_HEADS * shapes.HEAD_DIM * dtype.itemsize
+    own = layers[: shapes.rotations(each, settings.cold_bytes)]
+    keys = [_contiguous(layer.k, layer.k_scales, pages, seq_len, dtype) for layer in own]
+    values = [_contiguous(layer.v, layer.v_scales, pages, seq_len, dtype) for layer in own]
+    query = q.transpose(0, 1)[None].to(dtype).contiguous()
+    ways = formulations(query, shapes.NUM_KV_HEADS, seq_len, SCALE)
+
+    def bind(way: Callable[[Tensor, Tensor], Tensor]) -> Attend:
+        return lambda index: way(keys[index % len(keys)], values[index % len(keys)])
+
+    return {f"{name}, {str(dtype).removeprefix('torch.')}": bind(way) for name, way in ways.items()}
+
+
 def _peers(
     q: Tensor, layers: list[_Layer], pages: Tensor, seq_len: int, settings: Settings
-) -> dict[str, Callable[[int], Tensor]]:
-    """Calls of the default peer and of those asked for."""
-    mask = torch_sdpa.causal_mask(len(q), seq_len)
-    peers = {}
-    for name, dtype in PEERS.items():
-        if name != "torch_sdpa_fp32" and not settings.asks_for(name):
-            continue
-        keys = [_contiguous(layer.k, layer.k_scales, pages, seq_len, dtype) for layer in layers]
-        values = [_contiguous(layer.v, layer.v_scales, pages, seq_len, dtype) for layer in layers]
-        query = q.transpose(0, 1)[None].to(dtype).contiguous()
-        peers[name] = partial(_run_sdpa, query, keys, values, mask, SCALE)
-    return peers
+) -> dict[str, Ways]:
+    """The default peer and those asked for; each dtype has its ways."""
+    is_best = settings.peer is None or settings.asks_for(BEST)
+    by_peer = {
+        name: _torch_ways(q, layers, pages, seq_len, settings, dtype)
+        for name, dtype in PEERS.items()
+        if is_best or settings.asks_for(name)
+    }
+    everything = {name: call for ways in by_peer.values() for name, call in ways.items()}
+    chosen = {BEST: everything} if is_best else {}
+    chosen |= {name: ways for name, ways in by_peer.items() if settings.asks_for(name)}
+    return {
+        name: peer_ways.ways(
+            ways, lambda call: call, lambda call: call(0).float(), TOLERANCES[name]
+        )
+        for name, ways in chosen.items()
+    }
 
 
 def _setup(num_rows: int, seq_len: int, kv_dtype: str, settings: Settings) -> Trial:
@@ -121,10 +162,10 @@ def _setup(num_rows: int, seq_len: int, kv_dtype: str, settings: Settings) -> Tr
         # The first row once more, as a decode step at its position: the bits must be the same.
         first = attend(q[:1], layers[0], seq_lens - num_rows + 1, one_row)
         bits = torch.equal(first, result[:1])
-        expected = peers[peer](0)[0].transpose(0, 1).float()
-        # K and V are the pool's rounded values on both sides; the peer rounds all it computes.
-        tolerance = 1e-4 if peer == "torch_sdpa_fp32" else 2e-2
-        return harness.compare(result, expected, tolerance, bits)
+        expected = peers[peer].plain(0)[0].transpose(0, 1).float()
+        # K and V are the pool's rounded values on both sides; the peer rounds all it computes. The
+        # plain way of the best one is float32.
+        return harness.compare(result, expected, 1e-4 if peer == BEST else TOLERANCES[peer], bits)
 
     seen = num_rows * seq_len - num_rows * (num_rows - 1) // 2
     return Trial(
@@ -137,17 +178,6 @@ def _setup(num_rows: int, seq_len: int, kv_dtype: str, settings: Settings) -> Tr
         units=seq_len,
         unit="context token",
     )
-
-
-def _run_sdpa(
-    query: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    mask: Tensor | None,
-    scale: float,
-    index: int,
-) -> Tensor:
-    return torch_sdpa.sdpa(query, keys[index], values[index], mask, scale)
 
 
 def cases(
@@ -167,10 +197,19 @@ def cases(
                 yield Case("paged_attention", axes, setup)
 
 
-def run(settings: Settings, roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
-    """Run the suite; the full grid in float16, its corners in the other dtypes."""
-    torch.manual_seed(0)
+def _all_cases(settings: Settings) -> list[Case]:
+    """The full grid in float16, its corners in the other dtypes."""
     corners = cases(settings, (1, 16, 512), (2048, 8192), CORNERS)
+    return [*cases(settings, kv_dtypes=("float16",)), *corners]
+
+
+def rows(settings: Settings) -> list[Row]:
+    """Names and axes of all cases."""
+    return harness.rows_of(_all_cases(settings))
+
+
+def run(settings: Settings, roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
+    """Run the suite."""
+    torch.manual_seed(0)
     with torch.inference_mode():
-        grid = cases(settings, kv_dtypes=("float16",))
-        harness.run_cases("cpu_attention", [*grid, *corners], settings, roofs, emit)
+        harness.run_cases("cpu_attention", _all_cases(settings), settings, roofs, emit)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Case, Check, Missing, Settings, Trial, Work
+from bench.selection import Row
 from bench.suites import engine_step, real_model
 from bench.suites.model_sides import Context, PeerContext, Sides, best_setting
 from stateful_kv.errors import ModelNotFoundError
@@ -170,8 +171,13 @@ def _setup(kind: str, num_rows: int, context: int, sides: Sides, settings: Setti
     )
 
 
-def cases(settings: Settings, sides: Sides) -> Iterator[Case]:
-    """Contexts ascending, so that each is computed once."""
+def cases(settings: Settings, sides: Any) -> Iterator[Case]:
+    """Contexts ascending, so that each is computed once.
+
+    Args:
+        settings: of the run.
+        sides: `Sides`; None where the cases are only listed.
+    """
     contexts = SMOKE_CONTEXTS if settings.smoke else CONTEXTS
     for context in contexts:
         for kind, num_rows in SMOKE_WORK if settings.smoke else WORK:
@@ -180,6 +186,11 @@ def cases(settings: Settings, sides: Sides) -> Iterator[Case]:
         with ExitStack() as stack:  # what the case opens is closed when the next one is asked for
             setup = partial(engine_step.setup, context, sides, stack)
             yield Case("engine_step", {"context": context}, setup)
+
+
+def rows(settings: Settings) -> list[Row]:
+    """Names and axes of all cases."""
+    return harness.rows_of(cases(settings, None))
 
 
 def run(settings: Settings, roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:

@@ -21,6 +21,7 @@ from bench.gpu_shapes import AttentionInputs, AttentionShape, make_inputs
 from bench.harness import Call, Case, Check, Missing, PeerMissingError, Settings, Trial
 from bench.peers import flashinfer_attention, own_splits, torch_attention
 from bench.peers.torch_attention import relative_error
+from bench.selection import Row
 from bench.suites import shapes
 from stateful_kv import ops
 
@@ -245,6 +246,11 @@ def cases(settings: Settings) -> Iterator[Case]:
         if real.shared:
             axes["shared"] = real.shared
         yield Case(name, axes, partial(_setup, shape))
+
+
+def rows(settings: Settings) -> list[Row]:
+    """Names and axes of all cases."""
+    return harness.rows_of(cases(settings))
 
 
 def run(settings: Settings, roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Case, Check, Settings, Trial, Work
+from bench.selection import Row
 from bench.suites import gpu_engine, on_device
 from bench.suites.gpu_engine import LetterTokenizer
 from stateful_kv._native import check_device
@@ -189,9 +190,19 @@ def cases(settings: Settings, names: list[str]) -> Iterator[Case]:
             yield Case(f"{name}_engine", {"rows": 1, "context": CONTEXT}, setup)
 
 
+def _random_names(settings: Settings) -> list[str]:
+    return list(SMALL if settings.smoke else SHAPES)
+
+
+def rows(settings: Settings) -> list[Row]:
+    """Names and axes of all cases."""
+    real = [] if settings.smoke else [REAL]
+    return harness.rows_of(cases(settings, [*_random_names(settings), *real]))
+
+
 def run(settings: Settings, roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
     """Run the suite; a case that fails does not keep the others from running."""
-    names = list(SMALL if settings.smoke else SHAPES)
+    names = _random_names(settings)
     if not settings.smoke:
         try:
             resolve(on_device.MODEL)

@@ -16,6 +16,7 @@ from typing import Any
 from bench import harness
 from bench.harness import Settings
 from bench.peers.workflow_peers import Start, start_cached_transformers
+from bench.selection import Row
 from bench.suites import on_device, workflow
 from stateful_kv.apps.workflow import Workflow, WorkflowFile, load_workflow
 from stateful_kv.errors import ModelNotFoundError
@@ -35,10 +36,21 @@ def little(file: WorkflowFile) -> WorkflowFile:
     return replace(file, workflows=(Workflow((agent,), turns),))
 
 
-def _run_one(name: str, settings: Settings, emit: Callable[[dict[str, Any]], None]) -> None:
-    file, max_tokens = load_workflow(name), 48
+def rows(settings: Settings) -> list[Row]:
+    """A row for each workflow; `--only` goes by the name of the workflow."""
+    names, max_tokens = (("demo",), 4) if settings.smoke else (WORKFLOWS, workflow.MAX_TOKENS)
+    return [
+        Row(workflow.NAME, {"workflow": name, "max_tokens": max_tokens}, label=name)
+        for name in names
+    ]
+
+
+def _run_one(
+    name: str, max_tokens: int, settings: Settings, emit: Callable[[dict[str, Any]], None]
+) -> None:
+    file = load_workflow(name)
     if settings.smoke:
-        file, max_tokens = little(file), 4
+        file = little(file)
     peers: dict[str, Start] = {"transformers": partial(start_cached_transformers, settings.device)}
     played = workflow.play(file, max_tokens, list(workflow.RUNS), peers, settings.device)
     for peer, reason in played.missing.items():
@@ -60,9 +72,10 @@ def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, An
     except ModelNotFoundError as error:
         emit(harness.skipped(SUITE, "all", {}, None, str(error)))
         return
-    for name in ("demo",) if settings.smoke else WORKFLOWS:
-        if settings.selects(name):
+    for row in rows(settings):
+        name = str(row.label)
+        if settings.selection.takes(name, row.axes):
             try:
-                _run_one(name, settings, emit)
+                _run_one(name, int(row.axes["max_tokens"]), settings, emit)
             except Exception as error:
                 emit(harness.failed(SUITE, "later_turn", {"workflow": name}, error))

@@ -21,6 +21,7 @@ from torch import Tensor
 from bench import harness, perplexity
 from bench.harness import PeerMissingError, Settings
 from bench.peers.llama_cpp_model import LlamaCppContext, LlamaCppModel, check_runs
+from bench.selection import Row
 from stateful_kv.kv.pools import DTYPES
 from stateful_kv.models.files.loading import LoadedModel, load_model, resolve
 
@@ -182,10 +183,23 @@ def _text(loaded: LoadedModel, settings: Settings) -> list[int]:
     return tokens[:SMOKE_TOKENS] if settings.smoke else tokens
 
 
+def rows(settings: Settings) -> list[Row]:
+    """A row for each variant; `--only` goes by weights/kv."""
+    return [
+        Row("perplexity", {"weights": weights, "kv": kv}, label=f"{weights}/{kv}")
+        for weights, kv in (SMOKE_VARIANTS if settings.smoke else VARIANTS)
+    ]
+
+
 def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
     """Run the suite; a broken check is an error."""
-    chosen = SMOKE_VARIANTS if settings.smoke else VARIANTS
-    chosen = tuple(v for v in chosen if settings.selects("/".join(v)))
+    chosen = tuple(
+        (str(row.axes["weights"]), str(row.axes["kv"]))
+        for row in rows(settings)
+        if settings.selection.takes(str(row.label), row.axes)
+    )
+    if not chosen:
+        return
     with_peer = settings.peer in (None, "all", PEER) and _has_peer(settings)
     loaded = {name: load_model(MODEL, name) for name in {REFERENCE[0], *(v[0] for v in chosen)}}
     tokens = _text(loaded[REFERENCE[0]], settings)

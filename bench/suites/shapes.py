@@ -31,6 +31,13 @@ def rotations(bytes_each: int, total_bytes: int, most: int = 4096) -> int:
     return max(1, min(most, math.ceil(total_bytes / max(1, bytes_each))))
 
 
+def rows(num_rows: int, width: int, cold_bytes: int) -> tuple[list[Tensor], int]:
+    """Rotating inputs float32[num_rows, width] and their bytes."""
+    each = 4 * num_rows * width
+    copies = rotations(each, cold_bytes)
+    return list(torch.randn(copies, num_rows, width).unbind(0)), each * copies
+
+
 def kv_pool(num_copies: int, num_pages: int, dtype: torch.dtype) -> Tensor:
     """Random K or V of `num_copies` layers: [copies, P, Hk, B, D]."""
     shape = (num_copies, num_pages, NUM_KV_HEADS, PAGE_SIZE, HEAD_DIM)

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Case, Check, Settings, Trial, Work
-from bench.peers import text_scan
-from bench.peers.block_hash import BlockHashIndex
-from bench.suites import shapes, texts
+from bench.peers import block_hash, text_scan
+from bench.selection import Row
+from bench.suites import peer_ways, shapes, texts
 from stateful_kv import _C
 
 ROOT = 0
 MAX_PROMPTS = 16
+LIMITS = (texts.MIN_N, texts.MAX_N, texts.DRAFT)
 
 
 def _num_pages(length: int) -> int:
@@ -42,22 +43,30 @@ def _allocate(pool: _C.PagePool, length: int) -> Tensor:
 def _match(length: int, settings: Settings) -> Trial:
     prompts = _prompts(length, settings)
     pool = _C.PagePool(_num_pages(length) * len(prompts), shapes.PAGE_SIZE)
-    tree, peer = _C.RadixTree(pool), BlockHashIndex(shapes.PAGE_SIZE)
+    tree, indexes = _C.RadixTree(pool), block_hash.all_ways(shapes.PAGE_SIZE)
     arrays = [tokens.numpy() for tokens in prompts]
     for tokens, array in zip(prompts, arrays, strict=True):
         pages = _allocate(pool, length)
         tree.insert(ROOT, tokens, pages)
-        peer.insert(array, pages.numpy())
+        for index in indexes.values():
+            index.insert(array, pages.numpy())
+
+    def pages_of(index: block_hash.Index) -> Tensor:
+        return torch.tensor(index.match(arrays[0]))
 
     def check(_peer: str) -> Check:
         found = tree.match(ROOT, prompts[0])
         full = length // shapes.PAGE_SIZE
-        same = peer.match(arrays[0]) == found.pages[:full].tolist()
+        same = pages_of(indexes[block_hash.PLAIN]).tolist() == found.pages[:full].tolist()
         return Check(same and found.num_tokens == length)
 
     return Trial(
         ours=lambda i: tree.match(ROOT, prompts[i]),
-        peers={"block_hash": lambda i: peer.match(arrays[i])},
+        peers={
+            "block_hash": peer_ways.ways(
+                indexes, lambda index: lambda i: index.match(arrays[i]), pages_of, 0.0
+            )
+        },
         check=check,
         work=Work(2 * 4 * length),
         rotations=len(prompts),
@@ -71,7 +80,7 @@ def _insert(length: int, settings: Settings) -> Trial:
     prompts = _prompts(length, settings)
     arrays = [tokens.numpy() for tokens in prompts]
     pool = _C.PagePool(_num_pages(length), shapes.PAGE_SIZE)
-    tree, peer = _C.RadixTree(pool), BlockHashIndex(shapes.PAGE_SIZE)
+    tree, indexes = _C.RadixTree(pool), block_hash.all_ways(shapes.PAGE_SIZE)
     held = [_allocate(pool, length)]
 
     def reset() -> None:
@@ -79,19 +88,31 @@ def _insert(length: int, settings: Settings) -> Trial:
         # all pages are free again.
         pool.release(held[0])
         tree.evict_all()
-        peer.clear()
+        for index in indexes.values():
+            index.clear()
         held[0] = _allocate(pool, length)
+
+    def inserted(index: block_hash.Index) -> Tensor:
+        index.clear()
+        index.insert(arrays[0], held[0].numpy())
+        return torch.tensor(index.match(arrays[0]))
 
     def check(_peer: str) -> Check:
         tree.insert(ROOT, prompts[0], held[0])
-        peer.insert(arrays[0], held[0].numpy())
         same = tree.match(ROOT, prompts[0]).num_tokens == length
         reset()
         return Check(same and tree.match(ROOT, prompts[0]).num_tokens == 0)
 
     return Trial(
         ours=lambda i: tree.insert(ROOT, prompts[i], held[0]),
-        peers={"block_hash": lambda i: peer.insert(arrays[i], held[0].numpy())},
+        peers={
+            "block_hash": peer_ways.ways(
+                indexes,
+                lambda index: lambda i: index.insert(arrays[i], held[0].numpy()),
+                inserted,
+                0.0,
+            )
+        },
         check=check,
         work=Work(2 * 4 * length),
         rotations=len(prompts),
@@ -147,14 +168,17 @@ def _propose(length: int, settings: Settings) -> Trial:
 
     def check(_peer: str) -> Check:
         draft, match_len = indexes[0].propose(texts.DRAFT)
-        expected = text_scan.propose(arrays[0], texts.MIN_N, texts.MAX_N, texts.DRAFT)
+        expected = text_scan.propose(arrays[0], *LIMITS)
         return Check(draft.tolist() == expected.tolist() and match_len == texts.MAX_N)
 
     return Trial(
         ours=lambda i: indexes[i].propose(texts.DRAFT),
         peers={
-            "numpy_scan": lambda i: text_scan.propose(
-                arrays[i], texts.MIN_N, texts.MAX_N, texts.DRAFT
+            "text_scan": peer_ways.ways(
+                text_scan.WAYS,
+                lambda propose: lambda i: propose(arrays[i], *LIMITS),
+                lambda propose: torch.from_numpy(propose(arrays[0], *LIMITS).copy()),
+                0.0,
             )
         },
         check=check,
@@ -175,7 +199,7 @@ def _index_append(length: int, num_new: int, settings: Settings) -> Trial:
     def check(_peer: str) -> Check:
         index.append(pieces[0])
         whole = torch.cat([tokens, pieces[0]]).numpy()
-        expected = text_scan.propose(whole, texts.MIN_N, texts.MAX_N, texts.DRAFT)
+        expected = text_scan.propose(whole, *LIMITS)
         ok = index.size() == length + num_new and index.check_integrity() is None
         ok = ok and index.propose(texts.DRAFT)[0].tolist() == expected.tolist()
         index.truncate(length)
@@ -204,6 +228,11 @@ def cases(settings: Settings) -> Iterator[Case]:
         for num_new in (1, 16):
             setup = partial(_index_append, length, num_new)
             yield Case("ngram_append", {"L": length, "new": num_new}, setup)
+
+
+def rows(settings: Settings) -> list[Row]:
+    """Names and axes of all cases."""
+    return harness.rows_of(cases(settings))
 
 
 def run(settings: Settings, roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from bench import harness
 from bench.harness import PeerMissingError, Settings
 from bench.peers.workflow_peers import PEERS, Start, Turns
+from bench.selection import Row
 from bench.suites import on_device
 from stateful_kv.apps.workflow import (
     Player,
@@ -44,6 +45,8 @@ RUNS = {
     "no_draft": ReplayOptions(ignore_eos=True, draft=False),
 }
 NOT_KEPT = ("text", "token_ids")
+NAME = "later_turn"
+MAX_TOKENS, SMOKE_MAX_TOKENS = 48, 8
 
 
 def _shortened(file: WorkflowFile, num_turns: int) -> WorkflowFile:
@@ -149,7 +152,7 @@ def result_of(
     ratio_of_medians = theirs["median"] / ours["median"]
     return {
         "suite": suite,
-        "name": "later_turn",
+        "name": NAME,
         "axes": {"workflow": name, "max_tokens": max_tokens},
         "peer_name": peer,
         "model": on_device.MODEL,
@@ -189,21 +192,29 @@ def _chosen(settings: Settings) -> tuple[list[str], list[str], list[str]]:
     return list(RUNS) if compared else ["stateful", "no_draft"], compared, peers
 
 
+def rows(settings: Settings) -> list[Row]:
+    """A row for each workflow; `--only` goes by the name of the workflow."""
+    names, max_tokens = ("demo",) if settings.smoke else WORKFLOWS, MAX_TOKENS
+    if settings.smoke:
+        max_tokens = SMOKE_MAX_TOKENS
+    return [Row(NAME, {"workflow": name, "max_tokens": max_tokens}, label=name) for name in names]
+
+
 def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
     """Run the suite; a broken check is an error, as no timing counts then."""
     runs, compared, peers = _chosen(settings)
     if not compared and not peers:
         return
-    for name in ("demo",) if settings.smoke else WORKFLOWS:
-        if not settings.selects(name):
+    for row in rows(settings):
+        name, max_tokens = str(row.label), int(row.axes["max_tokens"])
+        if not settings.selection.takes(name, row.axes):
             continue
         file = load_workflow(name)
-        max_tokens = 48
         if settings.smoke:
-            file, max_tokens = _shortened(file, 5), 8
+            file = _shortened(file, 5)
         played = play(file, max_tokens, runs, {peer: PEERS[peer] for peer in peers})
         for peer, reason in played.missing.items():
-            emit(harness.skipped("workflow", "later_turn", {"workflow": name}, peer, reason))
+            emit(harness.skipped("workflow", NAME, {"workflow": name}, peer, reason))
         started = [peer for peer in peers if peer in played.rows]
         for peer in (*compared, *started):
             result = result_of(name, peer, max_tokens, played)

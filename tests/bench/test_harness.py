@@ -11,6 +11,7 @@ import torch
 from bench import __main__ as command
 from bench import harness, report, roofs
 from bench.harness import Case, Check, Settings, Trial, Work
+from bench.selection import Selection
 
 ROOF = {"read_bytes_per_s": 1e10, "fp32_flops_per_s": 1e11}
 SMOKE = Settings(smoke=True)
@@ -52,11 +53,6 @@ def test_ratio_is_peer_over_ours():
     ratio = harness.ratio_of([1.0] * 20, [3.0] * 20)
     assert ratio["median"] == ratio["low"] == ratio["high"] == 3.0
     assert ratio["verdict"] == "FASTER" and len(ratio["samples"]) == 20
-
-
-def test_floor_takes_the_higher_roof():
-    assert harness.floor_of(Work(10**10, 10**9), ROOF) == {"seconds": 1.0, "kind": "bandwidth"}
-    assert harness.floor_of(Work(10**9, 10**11), ROOF) == {"seconds": 1.0, "kind": "flops"}
 
 
 def test_compare():
@@ -192,11 +188,13 @@ def test_only_selects_by_name():
     trial = Trial(lambda _: None, Work(1), lambda _: Check(True))
     results: list[dict] = []
     cases = [_case(trial, "match"), _case(trial, "fork")]
-    settings = Settings(smoke=True, only="for")
+    settings = Settings(smoke=True, selection=Selection("for"))
     harness.run_cases("s", cases, settings, ROOF, results.append)
     assert [r["name"] for r in results] == ["fork"]
     results.clear()
-    harness.run_cases("s", cases, Settings(smoke=True, only="mat,x"), ROOF, results.append)
+    harness.run_cases(
+        "s", cases, Settings(smoke=True, selection=Selection("mat,x")), ROOF, results.append
+    )
     assert [r["name"] for r in results] == ["match"]
 
 
