@@ -84,7 +84,7 @@ def _add_rms_norm(num_rows: int, settings: Settings) -> Trial:
         work=Work(
             4 * 4 * num_rows * shapes.HIDDEN,
             5 * num_rows * shapes.HIDDEN,
-            hot_bytes=4 * num_rows * shapes.HIDDEN,
+            hot_bytes=2 * 4 * num_rows * shapes.HIDDEN,
         ),
         rotations=len(inputs),
         rotation_bytes=2 * rotation_bytes,

@@ -47,12 +47,12 @@ SKV_INLINE void store_run(const float* source, int64_t count, void* target, DTyp
     return;
   }
   auto* to = static_cast<uint16_t*>(target) + at;
-  int64_t i = 0;
   if (dtype == DType::kFloat16) {
-    for (; i + Vec::kWidth <= count; i += Vec::kWidth) Vec::load(source + i).store_half(to + i);
-    for (; i < count; ++i) to[i] = float_to_half(source[i]);
+    const int64_t whole = count - count % Vec::kWidth;
+    for (int64_t i = 0; i < whole; i += Vec::kWidth) Vec::load(source + i).store_half(to + i);
+    for (int64_t i = whole; i < count; ++i) to[i] = float_to_half(source[i]);
   } else {
-    for (; i < count; ++i) to[i] = float_to_bfloat16(source[i]);
+    for (int64_t i = 0; i < count; ++i) to[i] = float_to_bfloat16(source[i]);
   }
 }
 
