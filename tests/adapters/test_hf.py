@@ -53,7 +53,6 @@ def make_model(family: str, attention: str, **more: Any) -> Any:
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **extra, **more})
     torch.manual_seed(7)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    model.generation_config.eos_token_id = None
     model.set_attn_implementation(attention)
     return model
 
@@ -78,6 +77,7 @@ def text(seed: int, *shape: int) -> Tensor:
 def say(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Tensor:
     mask = torch.ones_like(ids) if mask is None else mask
     options = {"do_sample": False, "max_new_tokens": NUM_NEW, **more}
+    options["min_new_tokens"] = options["max_new_tokens"]
     return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
 
 
