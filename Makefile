@@ -79,7 +79,7 @@ format: env ## rewrite the sources in the project's style
 	clang-format -i $(CPP_SOURCES)
 
 bench-smoke: env ## every bench suite on its smallest case
-	python -m bench run ops state cpu_linear cpu_attention cpu_model workflow quality \
+	python -m bench run ops state cpu_linear cpu_attention cpu_model workflow hf_adapter quality \
 		gpu_attention gpu_model gpu_workflow --smoke --device cpu
 
 cuda-check: env ## compile the CUDA sources, if nvcc is there (no GPU needed)

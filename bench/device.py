@@ -5,7 +5,16 @@ from __future__ import annotations
 from stateful_kv._native import check_device
 from stateful_kv.errors import DeviceUnavailableError
 
-CPU_SUITES = ("ops", "state", "cpu_linear", "cpu_attention", "cpu_model", "workflow", "quality")
+CPU_SUITES = (
+    "ops",
+    "state",
+    "cpu_linear",
+    "cpu_attention",
+    "cpu_model",
+    "workflow",
+    "hf_adapter",
+    "quality",
+)
 GPU_SUITES = ("gpu_attention", "gpu_model", "gpu_workflow")
 NEEDS_DEVICE = 4  # exit status
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import runpy
 from pathlib import Path
 
@@ -35,6 +36,39 @@ def test_the_loop_gives_the_tokens_of_the_engine() -> None:
     tokens, passes = example["generate"](weights, config, pools, table, start, 40)
     assert tokens[len(start) :].tolist() == reply.token_ids
     assert passes <= 40
+
+
+def test_decode_loop_says_the_same_with_forks_cache_and_drafts() -> None:
+    path = ROOT / "examples" / "decode_loop.py"
+    source = path.read_text()
+    assert len(source.splitlines()) <= 60
+    assert re.findall(r"^.*import.*$", source, re.M) == [
+        "import torch",
+        "from stateful_kv import ops, state",
+    ]
+    example = runpy.run_path(str(path))
+    pool, table, tree, generate = (example[n] for n in ("pool", "table", "tree", "generate"))
+    seq = table.create()
+    text, num_passes = generate(seq, torch.randint(64, (29,)), 40)
+    assert num_passes < 40  # some drafts were right
+    plain = table.create()
+    logits = example["forward"](plain, text)
+    table.release(plain)
+    assert torch.equal(logits[28:-1].argmax(1), text[29:])
+    longer = torch.cat([text, torch.tensor([1, 2, 3])])
+    cached = tree.match(0, longer[:-1])
+    starts = [table.fork(seq), table.adopt(cached.pages, cached.num_tokens), table.create()]
+    assert [table.length(start) for start in starts] == [68, 68, 0]
+    answers = [generate(start, longer, 9)[0].tolist() for start in starts]
+    assert answers[0] == answers[1] == answers[2]
+    for start in (seq, *starts):
+        table.release(start)
+    for _ in range(12):  # more than the pool holds: what only the tree holds is evicted
+        other = table.create()
+        generate(other, torch.randint(64, (50,)), 5)
+        table.release(other)
+    assert generate(table.create(), longer, 9)[0].tolist() == answers[0]
+    assert example["state"].check_references(pool, table, [tree]) is None
 
 
 def test_agents_in_asyncio_say_what_each_says_alone() -> None:

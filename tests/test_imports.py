@@ -12,6 +12,8 @@ COMMAND_LINE = {"typer", "rich", "matplotlib"}
 BRINGS_NONE = {
     "stateful_kv": FILE_READERS | COMMAND_LINE,
     "stateful_kv.ops": FILE_READERS | COMMAND_LINE,
+    "stateful_kv.state": FILE_READERS | COMMAND_LINE,
+    "stateful_kv.adapters.hf": COMMAND_LINE,
     "stateful_kv.engine.engine": FILE_READERS | COMMAND_LINE,
     "stateful_kv.models.llama": FILE_READERS | COMMAND_LINE,
     "stateful_kv.text.messages": FILE_READERS | COMMAND_LINE,

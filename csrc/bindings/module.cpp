@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "csrc/bindings/state/docs.h"
 #include "csrc/bindings/state/state_objects.h"
 #include "csrc/core/assert.h"
 #include "csrc/core/references.h"
@@ -103,7 +104,9 @@ PYBIND11_MODULE(_C, module) {
   bind_indexes(module);
   bind_layers(module);
   bind_info(module);
+  py::options options;
+  options.disable_function_signatures();  // docs.h has them
   module.def("check_references", &check_references_of, py::arg("pool"), py::arg("table"),
-             py::arg("trees"));
+             py::arg("trees"), doc("check_references"));
   module.def("_set_error_types", &set_error_types, py::arg("types"));
 }

@@ -1,13 +1,14 @@
 """Stateful inference engine for agents: every turn costs only its delta.
 
-`Engine` and `Session` run models; `ops` holds the torch custom ops for engine builders.
+`Engine` and `Session` run models. For engine builders `ops` holds the torch custom ops, and `state`
+the page pool, sequence table, prefix tree and n-gram index; `adapters.hf` is for `transformers`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stateful_kv import ops
+from stateful_kv import ops, state
 from stateful_kv._native import build_info
 from stateful_kv.choosing.params import SamplingParams
 from stateful_kv.engine.config import EngineConfig
@@ -75,4 +76,5 @@ __all__ = [
     "WorkflowError",
     "build_info",
     "ops",
+    "state",
 ]

@@ -15,7 +15,7 @@ import pytest
 from bench import __main__ as command
 from bench import harness
 from bench.selection import Selection
-from bench.suites import linear_walk, quality, real_model, state
+from bench.suites import hf_adapter, linear_walk, quality, real_model, state
 from stateful_kv import _C
 
 TOP_KEYS = {
@@ -215,3 +215,32 @@ def test_a_bad_output_is_found_before_the_run(
     assert command.main(["run", "state", "--smoke", "--out", str(tmp_path)]) == 2
     assert "bench: --out: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_hf_adapter(tmp_path):
+    pytest.importorskip("transformers")
+    document = _run("hf_adapter", tmp_path)
+    assert [result["axes"] for result in document["results"]] == [
+        {"context": 64, "turn": turn} for turn in (1, 2, 3)
+    ]
+    for result in document["results"]:
+        assert result["checks"] == {"same_tokens": True}
+        assert result["peer"]["n"] == result["ours"]["n"] == 2
+
+
+def test_hf_adapter_refuses_times_of_other_replies(monkeypatch):
+    def turn(self, message, reply):
+        return 1.0, [0 if self._attention == "sdpa" else message.shape[1]]
+
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(hf_adapter._Side, "turn", turn)
+    model = hf_adapter._model(transformers, hf_adapter.SMOKE_SHAPE)
+    with pytest.raises(harness.CheckFailedError, match="context 16: turn 1: replies differ"):
+        hf_adapter.play(model, transformers, 16, 1, 4)
+
+
+def test_hf_adapter_is_skipped_without_transformers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    document = _run("hf_adapter", tmp_path)
+    assert document["results"] == []
+    assert "pip install transformers" in document["skipped"][0]["skipped"]

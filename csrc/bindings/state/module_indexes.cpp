@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "csrc/bindings/state/array_args.h"
+#include "csrc/bindings/state/docs.h"
 #include "csrc/bindings/state/state_objects.h"
 #include "csrc/core/propose_drafts.h"
 
@@ -66,17 +67,18 @@ auto of_tree() {
 }
 
 void bind_radix_tree(py::module_& module) {
-  py::class_<MatchObject>(module, "Match")
-      .def_readonly("num_tokens", &MatchObject::num_tokens)
-      .def_readonly("pages", &MatchObject::pages);
-  py::class_<InsertObject>(module, "InsertResult")
-      .def_readonly("num_matched", &InsertObject::num_matched)
-      .def_readonly("pages", &InsertObject::pages);
-  py::class_<TreeObject>(module, "RadixTree")
+  py::class_<MatchObject>(module, "Match", doc("Match"))
+      .def_readonly("num_tokens", &MatchObject::num_tokens, doc("Match.num_tokens"))
+      .def_readonly("pages", &MatchObject::pages, doc("Match.pages"));
+  py::class_<InsertObject>(module, "InsertResult", doc("InsertResult"))
+      .def_readonly("num_matched", &InsertObject::num_matched, doc("InsertResult.num_matched"))
+      .def_readonly("pages", &InsertObject::pages, doc("InsertResult.pages"));
+  py::class_<TreeObject>(module, "RadixTree", doc("RadixTree"))
       .def(py::init<std::shared_ptr<PoolObject>>(), py::arg("pool").none(false))
-      .def("match", &match, py::arg("root_key"), py::arg("tokens"))
-      .def("touch", &touch, py::arg("match"))
-      .def("insert", &insert, py::arg("root_key"), py::arg("tokens"), py::arg("pages"))
+      .def("match", &match, py::arg("root_key"), py::arg("tokens"), doc("RadixTree.match"))
+      .def("touch", &touch, py::arg("match"), doc("RadixTree.touch"))
+      .def("insert", &insert, py::arg("root_key"), py::arg("tokens"), py::arg("pages"),
+           doc("RadixTree.insert"))
       .def(
           "pin",
           [](TreeObject& self, RootKey root_key, py::handle tokens) {
@@ -84,24 +86,27 @@ void bind_radix_tree(py::module_& module) {
             Entry entry(self.busy, self.pool->busy);
             return self.core.pin(root_key, ids.tokens());
           },
-          py::arg("root_key"), py::arg("tokens"))
+          py::arg("root_key"), py::arg("tokens"), doc("RadixTree.pin"))
       .def(
           "pinned_length",
           [](TreeObject& self, PinId pin) {
             Entry entry(self.busy);
             return self.core.pinned_length(pin);
           },
-          py::arg("pin"))
+          py::arg("pin"), doc("RadixTree.pinned_length"))
       .def(
           "unpin",
           [](TreeObject& self, PinId pin) {
             Entry entry(self.busy);
             self.core.unpin(pin);
           },
-          py::arg("pin"))
-      .def("evict", &evict, py::arg("num_pages"))
-      .def("evict_all", [](TreeObject& self) { return evict(self, self.pool->core.num_pages()); })
-      .def("num_evictable_pages", of_tree<&RadixTree::num_evictable_pages>())
+          py::arg("pin"), doc("RadixTree.unpin"))
+      .def("evict", &evict, py::arg("num_pages"), doc("RadixTree.evict"))
+      .def(
+          "evict_all", [](TreeObject& self) { return evict(self, self.pool->core.num_pages()); },
+          doc("RadixTree.evict_all"))
+      .def("num_evictable_pages", of_tree<&RadixTree::num_evictable_pages>(),
+           doc("RadixTree.num_evictable_pages"))
       .def(
           "num_blocked_pages",
           [](TreeObject& self, py::handle kept) {
@@ -110,11 +115,13 @@ void bind_radix_tree(py::module_& module) {
             Entry entry(self.busy, self.pool->busy);
             return self.core.num_blocked_pages(page_ids);
           },
-          py::arg("kept"))
-      .def("num_pinned_pages", of_tree<&RadixTree::num_pinned_pages>())
-      .def("num_tree_pages", of_tree<&RadixTree::num_tree_pages>())
-      .def("num_nodes", of_tree<&RadixTree::num_nodes>())
-      .def("check_integrity", of_tree<&RadixTree::check_integrity>());
+          py::arg("kept"), doc("RadixTree.num_blocked_pages"))
+      .def("num_pinned_pages", of_tree<&RadixTree::num_pinned_pages>(),
+           doc("RadixTree.num_pinned_pages"))
+      .def("num_tree_pages", of_tree<&RadixTree::num_tree_pages>(), doc("RadixTree.num_tree_pages"))
+      .def("num_nodes", of_tree<&RadixTree::num_nodes>(), doc("RadixTree.num_nodes"))
+      .def("check_integrity", of_tree<&RadixTree::check_integrity>(),
+           doc("RadixTree.check_integrity"));
 }
 
 py::tuple propose_drafts_of(py::handle index_list, py::handle token_list, py::handle max_tokens) {
@@ -142,7 +149,7 @@ py::tuple propose_drafts_of(py::handle index_list, py::handle token_list, py::ha
 }
 
 void bind_ngram_index(py::module_& module) {
-  py::class_<IndexObject>(module, "NgramIndex")
+  py::class_<IndexObject>(module, "NgramIndex", doc("NgramIndex"))
       .def(py::init<int64_t, int64_t>(), py::arg("min_n") = 2, py::arg("max_n") = 8)
       .def(
           "append",
@@ -151,19 +158,21 @@ void bind_ngram_index(py::module_& module) {
             Entry entry(self.busy);
             self.core.append(ids.tokens());
           },
-          py::arg("tokens"))
+          py::arg("tokens"), doc("NgramIndex.append"))
       .def(
           "truncate",
           [](IndexObject& self, int64_t length) {
             Entry entry(self.busy);
             self.core.truncate(length);
           },
-          py::arg("length"))
-      .def("size",
-           [](IndexObject& self) {
-             Entry entry(self.busy);
-             return self.core.size();
-           })
+          py::arg("length"), doc("NgramIndex.truncate"))
+      .def(
+          "size",
+          [](IndexObject& self) {
+            Entry entry(self.busy);
+            return self.core.size();
+          },
+          doc("NgramIndex.size"))
       .def(
           "propose",
           [](IndexObject& self, int64_t max_tokens) {
@@ -171,23 +180,30 @@ void bind_ngram_index(py::module_& module) {
             const Draft draft = self.core.propose(max_tokens);
             return py::make_tuple(to_tensor(draft.tokens), draft.match_len);
           },
-          py::arg("max_tokens"))
-      .def("fork",
-           [](IndexObject& self) {
-             Entry entry(self.busy);
-             return std::make_unique<IndexObject>(self.core.fork());
-           })
-      .def("check_integrity", [](IndexObject& self) {
-        Entry entry(self.busy);
-        return self.core.check_integrity();
-      });
+          py::arg("max_tokens"), doc("NgramIndex.propose"))
+      .def(
+          "fork",
+          [](IndexObject& self) {
+            Entry entry(self.busy);
+            return std::make_unique<IndexObject>(self.core.fork());
+          },
+          doc("NgramIndex.fork"))
+      .def(
+          "check_integrity",
+          [](IndexObject& self) {
+            Entry entry(self.busy);
+            return self.core.check_integrity();
+          },
+          doc("NgramIndex.check_integrity"));
   module.def("propose_drafts", &propose_drafts_of, py::arg("indexes"), py::arg("tokens"),
-             py::arg("max_tokens"));
+             py::arg("max_tokens"), doc("propose_drafts"));
 }
 
 }  // namespace
 
 void bind_indexes(py::module_& module) {
+  py::options options;
+  options.disable_function_signatures();  // docs.h has them
   bind_radix_tree(module);
   bind_ngram_index(module);
 }

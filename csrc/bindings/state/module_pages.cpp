@@ -1,5 +1,6 @@
 // PagePool and SequenceTable in Python: convert, forward, nothing else.
 #include "csrc/bindings/state/array_args.h"
+#include "csrc/bindings/state/docs.h"
 #include "csrc/bindings/state/state_objects.h"
 #include "csrc/core/assert.h"
 
@@ -9,7 +10,7 @@ namespace skv::bindings {
 namespace {
 
 void bind_page_pool(py::module_& module) {
-  py::class_<PoolObject, std::shared_ptr<PoolObject>>(module, "PagePool")
+  py::class_<PoolObject, std::shared_ptr<PoolObject>>(module, "PagePool", doc("PagePool"))
       .def(py::init<int64_t, int64_t>(), py::arg("num_pages"), py::arg("page_size"))
       .def(
           "allocate",
@@ -19,7 +20,7 @@ void bind_page_pool(py::module_& module) {
             if (!pages) return std::nullopt;
             return to_tensor(*pages);
           },
-          py::arg("n"))
+          py::arg("n"), doc("PagePool.allocate"))
       .def(
           "retain",
           [](PoolObject& self, py::handle pages) {
@@ -27,7 +28,7 @@ void bind_page_pool(py::module_& module) {
             Entry entry(self.busy);
             self.core.retain(ids.int32());
           },
-          py::arg("pages"))
+          py::arg("pages"), doc("PagePool.retain"))
       .def(
           "release",
           [](PoolObject& self, py::handle pages) {
@@ -35,25 +36,34 @@ void bind_page_pool(py::module_& module) {
             Entry entry(self.busy);
             self.core.release(ids.int32());
           },
-          py::arg("pages"))
+          py::arg("pages"), doc("PagePool.release"))
       .def(
           "ref_count",
           [](PoolObject& self, PageId page) {
             Entry entry(self.busy);
             return self.core.ref_count(page);
           },
-          py::arg("page"))
-      .def("num_free",
-           [](PoolObject& self) {
-             Entry entry(self.busy);
-             return self.core.num_free();
-           })
-      .def("num_pages", [](PoolObject& self) { return self.core.num_pages(); })
-      .def("page_size", [](PoolObject& self) { return self.core.page_size(); })
-      .def("check_integrity", [](PoolObject& self) {
-        Entry entry(self.busy);
-        return self.core.check_integrity();
-      });
+          py::arg("page"), doc("PagePool.ref_count"))
+      .def(
+          "num_free",
+          [](PoolObject& self) {
+            Entry entry(self.busy);
+            return self.core.num_free();
+          },
+          doc("PagePool.num_free"))
+      .def(
+          "num_pages", [](PoolObject& self) { return self.core.num_pages(); },
+          doc("PagePool.num_pages"))
+      .def(
+          "page_size", [](PoolObject& self) { return self.core.page_size(); },
+          doc("PagePool.page_size"))
+      .def(
+          "check_integrity",
+          [](PoolObject& self) {
+            Entry entry(self.busy);
+            return self.core.check_integrity();
+          },
+          doc("PagePool.check_integrity"));
 }
 
 // The arrays of one step, allocated before anything changes.
@@ -165,13 +175,15 @@ auto of_sequence_and_int() {
 void bind_sequence_table(py::module_& module) {
   using Table = SequenceTable;
   const auto seq = py::arg("seq");
-  py::class_<TableObject>(module, "SequenceTable")
+  py::class_<TableObject>(module, "SequenceTable", doc("SequenceTable"))
       .def(py::init<std::shared_ptr<PoolObject>>(), py::arg("pool").none(false))
-      .def("create",
-           [](TableObject& self) {
-             Entry entry(self.busy);
-             return self.core.create();
-           })
+      .def(
+          "create",
+          [](TableObject& self) {
+            Entry entry(self.busy);
+            return self.core.create();
+          },
+          doc("SequenceTable.create"))
       .def(
           "adopt",
           [](TableObject& self, py::handle pages, int64_t num_tokens) {
@@ -179,13 +191,16 @@ void bind_sequence_table(py::module_& module) {
             Entry entry(self.busy, self.pool->busy);
             return self.core.adopt(ids.int32(), num_tokens);
           },
-          py::arg("pages"), py::arg("num_tokens"))
-      .def("reserve", &reserve, seq, py::arg("n"))
-      .def("pages_needed", of_sequence_and_int<&Table::pages_needed>(), seq, py::arg("n"))
-      .def("commit", of_sequence_and_int<&Table::commit>(), seq, py::arg("n"))
-      .def("truncate", of_sequence_and_int<&Table::truncate>(), seq, py::arg("length"))
-      .def("fork", of_sequence<&Table::fork>(), seq)
-      .def("release", of_sequence<&Table::release>(), seq)
+          py::arg("pages"), py::arg("num_tokens"), doc("SequenceTable.adopt"))
+      .def("reserve", &reserve, seq, py::arg("n"), doc("SequenceTable.reserve"))
+      .def("pages_needed", of_sequence_and_int<&Table::pages_needed>(), seq, py::arg("n"),
+           doc("SequenceTable.pages_needed"))
+      .def("commit", of_sequence_and_int<&Table::commit>(), seq, py::arg("n"),
+           doc("SequenceTable.commit"))
+      .def("truncate", of_sequence_and_int<&Table::truncate>(), seq, py::arg("length"),
+           doc("SequenceTable.truncate"))
+      .def("fork", of_sequence<&Table::fork>(), seq, doc("SequenceTable.fork"))
+      .def("release", of_sequence<&Table::release>(), seq, doc("SequenceTable.release"))
       .def(
           "replace_prefix",
           [](TableObject& self, SequenceId id, py::handle pages) {
@@ -193,50 +208,64 @@ void bind_sequence_table(py::module_& module) {
             Entry entry(self.busy, self.pool->busy);
             self.core.replace_prefix(id, ids.int32());
           },
-          seq, py::arg("pages"))
-      .def("length", of_sequence<&Table::length>(), seq)
-      .def("num_reserved", of_sequence<&Table::num_reserved>(), seq)
-      .def("num_pages", of_sequence<&Table::num_pages>(), seq)
+          seq, py::arg("pages"), doc("SequenceTable.replace_prefix"))
+      .def("length", of_sequence<&Table::length>(), seq, doc("SequenceTable.length"))
+      .def("num_reserved", of_sequence<&Table::num_reserved>(), seq,
+           doc("SequenceTable.num_reserved"))
+      .def("num_pages", of_sequence<&Table::num_pages>(), seq, doc("SequenceTable.num_pages"))
       .def(
           "page_table",
           [](TableObject& self, SequenceId id) {
             Entry entry(self.busy);
             return to_tensor(self.core.page_table(id));
           },
-          seq)
+          seq, doc("SequenceTable.page_table"))
       .def(
           "has",
           [](TableObject& self, SequenceId id) {
             Entry entry(self.busy);
             return self.core.has(id);
           },
-          seq)
-      .def("lengths", &lengths, py::arg("sequence_ids"))
-      .def("reserve_batch", &reserve_batch, py::arg("sequence_ids"), py::arg("num_tokens"))
-      .def("commit_batch", &commit_batch, py::arg("sequence_ids"), py::arg("num_tokens"))
-      .def("fill_batch", &fill_batch, py::arg("sequence_ids"), py::arg("query_lens"))
-      .def("prepare_batch", &prepare_batch, py::arg("sequence_ids"), py::arg("query_lens"))
-      .def("num_sequences",
-           [](TableObject& self) {
-             Entry entry(self.busy);
-             return self.core.num_sequences();
-           })
-      .def("sequence_ids",
-           [](TableObject& self) {
-             Entry entry(self.busy);
-             py::list ids;
-             for (const SequenceId id : self.core.sequence_ids()) ids.append(id);
-             return ids;
-           })
-      .def("check_integrity", [](TableObject& self) {
-        Entry entry(self.busy, self.pool->busy);
-        return self.core.check_integrity();
-      });
+          seq, doc("SequenceTable.has"))
+      .def("lengths", &lengths, py::arg("sequence_ids"), doc("SequenceTable.lengths"))
+      .def("reserve_batch", &reserve_batch, py::arg("sequence_ids"), py::arg("num_tokens"),
+           doc("SequenceTable.reserve_batch"))
+      .def("commit_batch", &commit_batch, py::arg("sequence_ids"), py::arg("num_tokens"),
+           doc("SequenceTable.commit_batch"))
+      .def("fill_batch", &fill_batch, py::arg("sequence_ids"), py::arg("query_lens"),
+           doc("SequenceTable.fill_batch"))
+      .def("prepare_batch", &prepare_batch, py::arg("sequence_ids"), py::arg("query_lens"),
+           doc("SequenceTable.prepare_batch"))
+      .def(
+          "num_sequences",
+          [](TableObject& self) {
+            Entry entry(self.busy);
+            return self.core.num_sequences();
+          },
+          doc("SequenceTable.num_sequences"))
+      .def(
+          "sequence_ids",
+          [](TableObject& self) {
+            Entry entry(self.busy);
+            py::list ids;
+            for (const SequenceId id : self.core.sequence_ids()) ids.append(id);
+            return ids;
+          },
+          doc("SequenceTable.sequence_ids"))
+      .def(
+          "check_integrity",
+          [](TableObject& self) {
+            Entry entry(self.busy, self.pool->busy);
+            return self.core.check_integrity();
+          },
+          doc("SequenceTable.check_integrity"));
 }
 
 }  // namespace
 
 void bind_pages(py::module_& module) {
+  py::options options;
+  options.disable_function_signatures();  // docs.h has them
   bind_page_pool(module);
   bind_sequence_table(module);
 }

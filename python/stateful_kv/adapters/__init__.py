@@ -1,0 +1,1 @@
+"""What connects other libraries with ours; each module needs the library in its name."""
