@@ -155,6 +155,21 @@ def test_options_of_an_earlier_build_do_not_stick(run_setup: Setup, tmp_path: Pa
     assert configure(*later) == f"AUTO 80;90a OFF {stateful_kv.__version__}"
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+def test_a_cuda_compiler_that_was_not_found_is_looked_for_again(tmp_path: Path) -> None:
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.25)\n"
+        "project(again LANGUAGES NONE)\n"
+        f'include("{ROOT}/cmake/CudaToolkit.cmake")\n'
+        "set(STATEFUL_KV_CUDA_ARCHS 80)\n"
+        "skv_find_cuda_compiler()\n"
+    )
+    command = ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build")]
+    command += ["-DCMAKE_CUDA_COMPILER=NOTFOUND"]  # as CMake remembers it
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Looking for a CUDA compiler" in run.stdout
+
+
 def extras(pyproject: str) -> dict[str, str]:
     """The text of each extra in pyproject.toml."""
     table = pyproject.partition("[project.optional-dependencies]\n")[2].partition("\n[project")[0]

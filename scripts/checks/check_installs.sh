@@ -19,9 +19,11 @@ export PATH="$VENV/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 unset PYTHONPATH STATEFUL_KV_TORCH_DIR STATEFUL_KV_LOCAL_VERSION VIRTUAL_ENV
 shared_build=${STATEFUL_KV_BUILD_DIR:-$PWD/build/extension} # that of the editable install
 unset STATEFUL_KV_BUILD_DIR
-if command -v ccache >/dev/null; then export CMAKE_CXX_COMPILER_LAUNCHER=ccache; fi
 
 folder=$(mktemp -d)
+if command -v ccache >/dev/null; then # relative paths, so that the next run finds what this one made
+  export CMAKE_CXX_COMPILER_LAUNCHER=ccache CCACHE_BASEDIR=$folder CCACHE_NOHASHDIR=1 TMPDIR=$folder
+fi
 trap 'rm -rf "$folder"' EXIT
 dist=$folder/dist log=$folder/log
 export UV_CACHE_DIR=$folder/uv-cache UV_NO_PROGRESS=1
