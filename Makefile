@@ -19,7 +19,8 @@ CTEST = ctest --output-on-failure --no-tests=error --parallel $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cpp test-sanitize test-tsan test-python lint check-format check-lint check-types \
-	check-layers format bench-smoke cuda-check emulation gpu-check check-cli wheel env env-demo clean distclean
+	check-layers format docs bench-smoke cuda-check emulation gpu-check check-cli check-installs wheel env env-demo \
+	clean distclean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -92,9 +93,14 @@ gpu-check: ## on a GPU machine: build, test and measure the CUDA backend; OUT=fo
 check-cli: env ## the installed command line on the default model, with state and without
 	scripts/checks/check_cli.sh
 
-wheel: env ## build a wheel, install it aside and import it; also with pip's build isolation
-	scripts/checks/check_wheel.sh
-	scripts/checks/check_isolated_install.sh
+check-installs: env ## install as users do, each time into an empty environment; PARTS=... for some
+	scripts/checks/check_installs.sh $(PARTS)
+
+wheel: env ## build a wheel against the torch of .venv into dist/
+	python -m build --no-isolation --wheel --outdir dist .
+
+docs: env ## the documentation as a site, in build/site; a warning is an error
+	python -m mkdocs build --strict
 
 env: ## .venv with the package, the weights and all tools
 	@scripts/setup_env.sh dev
@@ -103,7 +109,7 @@ env-demo:
 	@scripts/setup_env.sh demo
 
 clean: ## remove what builds and tests made; keeps .venv
-	rm -rf build dist demo-report python/*.egg-info python/stateful_kv/_C.*.so
+	rm -rf build dist demo-report python/*.egg-info python/stateful_kv/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find python bench tests scripts -type d -name __pycache__ -prune -exec rm -rf {} +
 

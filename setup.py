@@ -1,4 +1,8 @@
-"""Builds the extension: find the installed torch, call CMake once, copy the one library."""
+"""Builds the extension: find the installed torch, call CMake once, copy what it installs.
+
+An sdist and its metadata know no torch, so that they are the same wherever they are made. A wheel
+is for one minor version of torch: it requires that one, and its build tag names it.
+"""
 
 import os
 import re
@@ -9,15 +13,25 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BASE_VERSION = "0.1.0"
-NO_TORCH = """stateful-kv is built against the torch you run, and none was found.
-Install torch first, then build without isolation:
-    pip install torch
-    pip install --no-build-isolation .
-Or name the folder of the torch package: STATEFUL_KV_TORCH_DIR=.../site-packages/torch"""
+OLDEST_TORCH = (2, 11)
+OPTIONS = ("STATEFUL_KV_CUDA", "STATEFUL_KV_CUDA_ARCHS", "STATEFUL_KV_WERROR")
+# Whoever runs one of these wants a build; metadata alone (egg_info) and sdist come without torch.
+BUILDS = {
+    "bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install",
+}  # fmt: skip
+NO_TORCH = """
+stateful-kv is built against the torch that you run, and none was found here.
+Install torch, "setuptools>=77", wheel, "cmake>=3.25" and ninja, then build without isolation:
+    pip install --no-build-isolation ...
+    uv pip install --no-build-isolation ...
+    uv build --no-build-isolation
+    python -m build --no-isolation
+Or name the folder of a torch package: STATEFUL_KV_TORCH_DIR=.../site-packages/torch
+A source archive alone needs no torch: python -m build --sdist"""
 
 
 def is_torch_dir(path: Path) -> bool:
@@ -48,42 +62,71 @@ def find_torch() -> Path | None:
     return path if is_torch_dir(path) else None
 
 
-def version() -> str:
-    """Base version plus torch minor and device, so that two wheels cannot be confused."""
-    torch_dir = find_torch()
-    if torch_dir is None:
-        return BASE_VERSION
+def needed_torch() -> Path:
+    return find_torch() or sys.exit(NO_TORCH)
+
+
+def torch_minor(torch_dir: Path) -> tuple[int, int]:
     text = (torch_dir / "version.py").read_text()
-    found = re.search(r"__version__ = '(\d+)\.(\d+)[^+']*(?:\+(\w+))?'", text)
+    found = re.search(r"^__version__ = ['\"](\d+)\.(\d+)\.", text, re.MULTILINE)
     if not found:
-        return BASE_VERSION
-    major, minor, device = found.groups()
-    return f"{BASE_VERSION}+pt{major}{minor}{device or ''}"
+        sys.exit(f"{torch_dir}/version.py: expected a line such as __version__ = '2.13.0'")
+    minor = (int(found[1]), int(found[2]))
+    if minor < OLDEST_TORCH:
+        expected = ".".join(map(str, OLDEST_TORCH))
+        sys.exit(f"torch: expected {expected} or newer, got {found[1]}.{found[2]} in {torch_dir}")
+    return minor
+
+
+def torch_tag(torch_dir: Path) -> str:
+    """Minor version and device, such as pt213cpu or pt213cu130; cpu also where CUDA is off."""
+    text = (torch_dir / "version.py").read_text()
+    cuda = re.search(r"^cuda\b.*= ['\"](\d+)\.(\d+)", text, re.MULTILINE)
+    is_off = os.environ.get("STATEFUL_KV_CUDA", "").upper() == "OFF"
+    device = "cpu" if is_off or not cuda else f"cu{cuda[1]}{cuda[2]}"
+    return "pt{}{}".format(*torch_minor(torch_dir)) + device
+
+
+def version() -> str:
+    """The same everywhere, but for release wheels: an sdist whose version varies is discarded."""
+    text = (ROOT / "python" / "stateful_kv" / "_version.py").read_text()
+    plain = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
+    local = os.environ.get("STATEFUL_KV_LOCAL_VERSION")
+    if not local or BUILDS.isdisjoint(sys.argv[1:]):
+        return plain
+    return f"{plain}+{torch_tag(needed_torch()) if local == 'auto' else local}"
+
+
+def requirements() -> list[str]:
+    oldest = "torch>={}.{}".format(*OLDEST_TORCH)
+    if not BUILDS.isdisjoint(sys.argv[1:]):
+        # The library loads in this minor version only (docs/adr/0002-classic-libtorch-abi.md).
+        oldest = "torch=={}.{}.*".format(*torch_minor(needed_torch()))
+    return [oldest, "numpy"]
+
+
+def cmake_options() -> list[str]:
+    """Forgets the options that a kept build folder has from its last build, then sets ours."""
+    given = [f"-D{option}={value}" for option in OPTIONS if (value := os.environ.get(option))]
+    return ["-USTATEFUL_KV_*", *given]
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake in build/ (kept between runs, or STATEFUL_KV_BUILD_DIR) and copies `_C`."""
+    """Runs CMake in build/ (kept between runs, or STATEFUL_KV_BUILD_DIR) and copies the library."""
 
     def build_extension(self, ext: Extension) -> None:
-        torch_dir = find_torch()
-        if torch_dir is None:
-            sys.exit(NO_TORCH)
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build_dir = Path(os.environ.get("STATEFUL_KV_BUILD_DIR") or Path(self.build_temp).resolve())
         build_dir.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+            "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", *cmake_options(),
             f"-DPython3_EXECUTABLE={sys.executable}",
-            f"-DSTATEFUL_KV_TORCH_DIR={torch_dir}",
-            f"-DSTATEFUL_KV_VERSION={BASE_VERSION}",
+            f"-DSTATEFUL_KV_TORCH_DIR={needed_torch()}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
         ]  # fmt: skip
         if ninja := shutil.which("ninja"):
             # Said each time: a kept build folder remembers that of an isolated build, now deleted.
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
-        for option in ("STATEFUL_KV_CUDA", "STATEFUL_KV_CUDA_ARCHS", "STATEFUL_KV_WERROR"):
-            if value := os.environ.get(option):
-                configure.append(f"-D{option}={value}")
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         build = ["cmake", "--build", str(build_dir), "--target", "_C", "-j", jobs]
@@ -92,8 +135,22 @@ class CMakeBuild(build_ext):
         subprocess.run([*install, "--prefix", str(target.parent)], check=True)
 
 
+class TaggedWheel(bdist_wheel):
+    """A wheel whose name says which torch it is for: stateful_kv-0.1.0-1pt213cpu-cp311-..."""
+
+    def finalize_options(self) -> None:
+        self.build_number = self.build_number or f"1{torch_tag(needed_torch())}"
+        super().finalize_options()
+
+    def run(self) -> None:
+        # The folder that setuptools collects files in stays; what was deleted since must not ship.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
+
 setup(
     version=version(),
+    install_requires=requirements(),
     ext_modules=[Extension("stateful_kv._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"bdist_wheel": TaggedWheel, "build_ext": CMakeBuild},
 )

@@ -1,3 +1,9 @@
+# The version is said in one place.
+set(skv_version_file ${PROJECT_SOURCE_DIR}/python/stateful_kv/_version.py)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${skv_version_file})
+file(STRINGS ${skv_version_file} skv_version_line REGEX "^__version__ = ")
+string(REGEX REPLACE "^__version__ = \"(.*)\"$" "\\1" STATEFUL_KV_VERSION "${skv_version_line}")
+
 option(STATEFUL_KV_TORCH "Build the Python extension (needs STATEFUL_KV_TORCH_DIR)" ON)
 option(STATEFUL_KV_TESTS "Build the C++ unit tests" OFF)
 option(STATEFUL_KV_WERROR "Treat compiler warnings as errors" OFF)

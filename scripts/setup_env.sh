@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv and installs stateful_kv into it (editable), with torch, the default model's weights,
-# what the command line needs (the extra `cli`) and, for `dev`, the tools of tests and linters.
+# what the command line needs (the extra `cli`) and, for `dev`, the tools of tests, linters and docs.
 # Safe to repeat: a step whose inputs did not change is skipped.
 #
 #   scripts/setup_env.sh [demo|dev]      demo = run only; dev (default) = demo + tests + linters
@@ -105,7 +105,7 @@ compgen -G 'python/stateful_kv/_C.*.so' >/dev/null || rm -f "$VENV"/.stamps/pack
 hash=$(build_hash)
 message="building stateful_kv against torch $version (some minutes)"
 if [ "$level" = dev ]; then
-  step package-dev "$hash" "$message" install_package "[cli,test,lint]"
+  step package-dev "$hash" "$message" install_package "[cli,docs,lint,test]"
 elif ! stamp_is package-dev "$hash"; then
   step package-demo "$hash" "$message" install_package "[cli]"
 fi

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stateful_kv import ops, state
 from stateful_kv._native import build_info
+from stateful_kv._version import __version__
 from stateful_kv.choosing.params import SamplingParams
 from stateful_kv.engine.config import EngineConfig
 from stateful_kv.errors import (
@@ -52,6 +53,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'stateful_kv' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 __all__ = [
     "BadLogitsError",
     "BuildMismatchError",
@@ -74,6 +79,7 @@ __all__ = [
     "StateBusyError",
     "StatefulKVError",
     "WorkflowError",
+    "__version__",
     "build_info",
     "ops",
     "state",

@@ -14,7 +14,7 @@ from stateful_kv.errors import (
     StateBusyError,
 )
 
-_REBUILD = "pip install --no-build-isolation --force-reinstall ."
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def _fail_to_load(error: ImportError) -> NoReturn:

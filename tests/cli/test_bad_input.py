@@ -322,7 +322,7 @@ def test_without_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     line = _assert_one_line(command("demo"))
-    assert "matplotlib" in line and "pip install 'stateful-kv[cli]'" in line
+    assert "matplotlib" in line and 'pip install "stateful-kv[cli]"' in line
     assert engine.sessions == [] and not Path("demo-report").exists()
     assert command("run", "six")[0] == 0
 
@@ -338,7 +338,7 @@ def test_without_typer_or_rich(
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr("stateful_kv.apps.cli.commands")
     line = _assert_one_line(command("--help"))
-    assert package in line and "pip install 'stateful-kv[cli]'" in line
+    assert package in line and 'pip install "stateful-kv[cli]"' in line
 
 
 def test_a_removed_working_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

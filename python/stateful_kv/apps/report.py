@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from stateful_kv._extras import needs
 from stateful_kv.apps.printable import printable, shorten
 from stateful_kv.apps.workflow import TurnRow, summarize
 from stateful_kv.system.machine import cpu_name, cpuinfo, num_cores
@@ -95,14 +96,8 @@ def compare(stateful: list[TurnRow], stateless: list[TurnRow]) -> dict[str, Any]
 
 def require_matplotlib() -> None:
     """Raises ImportError, with what to install, where the plot could not be drawn."""
-    try:
+    with needs("cli", "the plot of the demo"):
         import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise ImportError(
-            "the plot of the demo needs matplotlib, run: pip install 'stateful-kv[cli]'"
-        ) from error
 
 
 def latency_png(stateful: list[TurnRow], stateless: list[TurnRow]) -> bytes:

@@ -15,10 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-import jinja2
-from jinja2 import compiler, nodes, sandbox
-
+from stateful_kv._extras import needs
 from stateful_kv.errors import InvalidRequestError, ModelLoadError
+
+with needs("engine", "the engine"):
+    import jinja2
+    from jinja2 import compiler, nodes, sandbox
 
 MAX_TEXT = 1 << 24
 MAX_SOURCE = 1 << 20

@@ -14,13 +14,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
+from stateful_kv._extras import needs
 from stateful_kv.errors import InvalidRequestError, ModelLoadError
 from stateful_kv.text.decoding import TokenBytes, Utf8StreamDecoder
 from stateful_kv.text.messages import check_messages, check_tools, put_tools_in_system_prompt
 from stateful_kv.text.template import ChatTemplate
 from stateful_kv.types import Message, TokenArray
+
+with needs("engine", "the engine"):
+    from tokenizers import Tokenizer
 
 # Private-use characters: borders of a placeholder, and the reply of the made-up conversation.
 _OPEN, _CLOSE = "\ue000", "\ue001"

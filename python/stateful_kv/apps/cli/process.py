@@ -9,13 +9,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+from stateful_kv._extras import needs
 from stateful_kv.apps.cli.faults import REFUSED, complain, report_fault
 from stateful_kv.apps.cli.interrupts import STOPPED, Interrupts, say_stopped
 from stateful_kv.apps.printable import printable
 
-INSTALL = "pip install 'stateful-kv[cli]'"
-# The packages of the extra `cli` that every command needs.
-_EXTRA = ("typer", "rich")
 _MAX_COLUMNS = 10_000
 
 
@@ -45,14 +43,8 @@ def run_process(arguments: Sequence[str]) -> int:
 
 
 def _run_app(arguments: list[str]) -> int:
-    try:
+    with needs("cli", "the command line"):
         from stateful_kv.apps.cli.commands import app
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRA:
-            raise
-        complain(f"error: the command line needs {missing}, run: {INSTALL}")
-        return REFUSED
     try:
         code = app(arguments, prog_name="stateful-kv", standalone_mode=False)
     except Exception as error:

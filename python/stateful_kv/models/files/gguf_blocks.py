@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType as Type
-from gguf import quants
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stateful_kv._extras import needs
 from stateful_kv.models import packing
 from stateful_kv.models.packing import PackedWeight
+
+with needs("engine", "the engine"):
+    from gguf import GGMLQuantizationType as Type
+    from gguf import quants
 
 Blocks = NDArray[np.uint8]
 

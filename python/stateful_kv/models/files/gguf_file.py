@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
+from stateful_kv._extras import needs
 from stateful_kv.errors import ModelLoadError, shown
 from stateful_kv.models.files.gguf_blocks import Blocks
+
+with needs("engine", "the engine"):
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 # Letters of `struct` and of numpy.
 _SCALARS = {

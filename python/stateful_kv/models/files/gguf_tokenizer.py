@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
 
+from stateful_kv._extras import needs
 from stateful_kv.errors import ModelLoadError, shown
 from stateful_kv.models.files.fields import Fields
 from stateful_kv.models.files.gguf_file import GGUFFile
 from stateful_kv.text.template import ChatTemplate
 from stateful_kv.text.tokenizer import ChatTokenizer
+
+with needs("engine", "the engine"):
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "\u2581"

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from stateful_kv._extras import needs
 from stateful_kv.errors import ModelLoadError, shown
 from stateful_kv.models.config import ModelConfig, RopeScaling
 from stateful_kv.models.files.fields import Fields
@@ -21,6 +20,10 @@ from stateful_kv.models.files.weights import pack_float, require_finite, require
 from stateful_kv.models.packing import PackedWeight
 from stateful_kv.text.template import ChatTemplate
 from stateful_kv.text.tokenizer import ChatTokenizer
+
+with needs("engine", "the engine"):
+    from safetensors import safe_open
+    from tokenizers import Tokenizer
 
 _ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _MAX_JSON_BYTES = 1 << 28
