@@ -71,6 +71,7 @@ def test_no_banned_call() -> None:
         "from dill import loads",
         "def f():\n    from pickle import loads",
         "import torch\ntorch.load('x')",
+        "import torch\ntorch.load('x', weights_only=False)",
         "from torch import load",
         "eval('1')",
         "exec('1')",
@@ -83,7 +84,7 @@ def test_banned_call_is_found(tmp_path: Path, source: str) -> None:
 
 
 def test_banned_call_spares_methods(tmp_path: Path) -> None:
-    source = "import json\nimport re\nmodel.eval()\njson.load(f)\nre.compile('x')\n"
+    source = "import json\nimport re\nmodel.eval()\njson.load(f)\ntorch.load(f, weights_only=True)\nre.compile('x')\n"
     write(tmp_path, "python/stateful_kv/good.py", source)
     assert list(load_script("check_banned").tree_errors(tmp_path)) == []
 

@@ -15,7 +15,7 @@ PYTHON_FOLDERS = ("python", "bench", "tests", "scripts", "examples")
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 BUILTINS = {"eval", "exec", "compile"}
 ATTRIBUTES = {
-    ("torch", "load"): "torch.load unpickles; read safetensors",
+    ("torch", "load"): "torch.load unpickles; read safetensors, or say weights_only=True",
     ("yaml", "load"): "yaml.load builds objects; use yaml.safe_load",
     ("yaml", "unsafe_load"): "yaml.unsafe_load builds objects; use yaml.safe_load",
 }
@@ -30,6 +30,16 @@ def call_name(node: ast.expr) -> tuple[str, ...]:
         parts.append(node.attr)
         node = node.value
     return (node.id, *reversed(parts)) if isinstance(node, ast.Name) else ()
+
+
+def is_data_alone(call: ast.Call) -> bool:
+    """Whether the call says weights_only=True, with which torch.load builds tensors alone."""
+    return any(
+        keyword.arg == "weights_only"
+        and isinstance(keyword.value, ast.Constant)
+        and keyword.value.value is True
+        for keyword in call.keywords
+    )
 
 
 def source_errors(source: str) -> Iterator[tuple[int, str]]:
@@ -47,7 +57,7 @@ def source_errors(source: str) -> Iterator[tuple[int, str]]:
             name = call_name(node.func)
             if len(name) == 1 and name[0] in BUILTINS:
                 yield node.lineno, f"builtin {name[0]}() runs text as code"
-            if len(name) == 2 and (why := ATTRIBUTES.get((name[0], name[1]))):
+            if len(name) == 2 and (why := ATTRIBUTES.get(name)) and not is_data_alone(node):
                 yield node.lineno, why
         for module in names:
             if module.split(".")[0] in MODULES:

@@ -175,7 +175,7 @@ def test_a_package_runs_without_python(tmp_path: Path) -> None:
     linked = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
     assert "python" not in linked
     subprocess.run([program, *files], check=True)
-    outputs = torch.load(tmp_path / "outputs.pt")
+    outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)
     for result, like in zip(outputs, block(*block_inputs(5)), strict=True):
         torch.testing.assert_close(result, like)
     wrong = subprocess.run([program, "nothing.so", *files[1:]], capture_output=True, check=False)

@@ -12,8 +12,8 @@ Rules that hold for every op:
 - Values of ids, offsets and lengths are checked on the CPU only; on CUDA they are trusted.
 - The ops are for inference: a tensor that requires grad is refused unless grad mode is off.
 - An op that writes into its arguments returns None; the others return fresh tensors.
-- While torch.compile or torch.export trace an op, the same code checks dtypes, shapes and strides: a
-  wrong call fails there, with the same message.
+- While torch.compile or torch.export trace an op, the same code checks dtypes, shapes and strides:
+  a wrong call fails there, with the same message.
 """
 
 from __future__ import annotations
