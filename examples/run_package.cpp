@@ -19,7 +19,11 @@ namespace {
 std::vector<at::Tensor> read_tensors(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
-  return torch::jit::pickle_load(bytes).toTensorVector();
+  std::vector<at::Tensor> tensors;
+  for (const at::IValue& value : torch::jit::pickle_load(bytes).toListRef()) {
+    tensors.push_back(value.toTensor());
+  }
+  return tensors;
 }
 
 void write_tensors(const std::string& path, const std::vector<at::Tensor>& tensors) {

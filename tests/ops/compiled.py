@@ -160,7 +160,7 @@ def block_inputs(num_sequences: int) -> tuple[Tensor, ...]:
     pages = torch.arange(1, num_sequences + 1)
     angles = torch.arange(16)[:, None] * torch.logspace(0, -2, 16)
     generator = torch.Generator().manual_seed(num_sequences)
-    pools = torch.randn(2, 12, 2, 16, 32, generator=generator)
+    k_pool, v_pool = (torch.randn(12, 2, 16, 32, generator=generator) for _ in range(2))
     return (
         torch.randn(rows, 128, generator=generator),
         positions.int(),
@@ -169,6 +169,6 @@ def block_inputs(num_sequences: int) -> tuple[Tensor, ...]:
         pages[:, None].int(),
         (past + 2).int(),
         (torch.arange(num_sequences + 1) * 2).int(),
-        pools[0],
-        pools[1],
+        k_pool,
+        v_pool,
     )

@@ -31,9 +31,20 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def check_op(run: Any, module: OpModule, arguments: dict[str, Any]) -> None:
+def mark_dynamic(inputs: Inputs, larger: Inputs) -> None:
+    """Sizes that two calls differ in are unknown to torch.compile."""
+    for tensor, dims in zip(inputs, dynamic_dims(inputs, larger), strict=True):
+        for axis in dims:
+            torch._dynamo.mark_dynamic(tensor, axis)
+
+
+def check_op(
+    run: Any, module: OpModule, arguments: dict[str, Any], larger: dict[str, Any] | None = None
+) -> None:
     """Runs a compiled op beside the plain one; the results and what was written are equal."""
     expected_inputs, inputs = module.inputs(arguments), module.inputs(arguments)
+    if larger is not None:
+        mark_dynamic(inputs, module.inputs(larger))
     expected, results = module(*expected_inputs), run(*inputs)
     assert len(results) == len(expected)
     for result, like in zip(results, expected, strict=True):
@@ -86,12 +97,9 @@ def test_every_op_has_two_sizes() -> None:
 def test_inductor(op: str, dynamic: bool) -> None:
     arguments, larger = two_sizes(op)
     module = OpModule(op, arguments)
-    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
-    check_op(compiled, module, arguments)
-    if dynamic:
-        with torch.compiler.set_stance("fail_on_recompile"):
-            check_op(compiled, module, larger)
-    else:
+    compiled = torch.compile(module, fullgraph=True, dynamic=None if dynamic else False)
+    check_op(compiled, module, arguments, larger if dynamic else None)
+    with torch.compiler.set_stance("fail_on_recompile" if dynamic else "default"):
         check_op(compiled, module, larger)
 
 
@@ -119,11 +127,23 @@ def test_block_compiles(backend: str, dynamic: bool) -> None:
     block = DecoderBlock()
     compiled = torch.compile(block, backend=backend, fullgraph=True, dynamic=dynamic)
     check_block(compiled, block, 3)
-    if dynamic:
-        with torch.compiler.set_stance("fail_on_recompile"):
-            check_block(compiled, block, 7)
-    else:
+    with torch.compiler.set_stance("fail_on_recompile" if dynamic else "default"):
         check_block(compiled, block, 7)
+
+
+def test_block_compiles_with_pools_in_one_tensor() -> None:
+    """Views of one tensor that an op writes: torch wants their sizes fixed, see use-the-ops.md."""
+    block = DecoderBlock()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for num_sequences in (3, 7):
+        *rest, k_pool, v_pool = block_inputs(num_sequences)
+        views = list(torch.stack([k_pool, v_pool]))
+        expected, _ = block(*rest, k_pool, v_pool)
+        for view in views:
+            torch._dynamo.mark_static(view)
+        torch.testing.assert_close(compiled(*rest, *views)[0], expected)
+        assert_same_bits(views[0], k_pool)
+        assert_same_bits(views[1], v_pool)
 
 
 def test_block_exports() -> None:
