@@ -2,8 +2,8 @@
 //
 //   run_package libstateful_kv_ops.so model.pt2 inputs.pt outputs.pt
 //
-// inputs.pt is a list of tensors written by torch.save; torch.load reads outputs.pt. How to make the
-// package and build this program: docs/use-the-ops.md.
+// inputs.pt is a list of tensors written by torch.save; torch.load reads outputs.pt. How to make
+// the package and build this program: docs/use-the-ops.md.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
@@ -20,9 +20,8 @@ std::vector<at::Tensor> read_tensors(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
   std::vector<at::Tensor> tensors;
-  for (const at::IValue& value : torch::jit::pickle_load(bytes).toListRef()) {
-    tensors.push_back(value.toTensor());
-  }
+  const at::IValue list = torch::jit::pickle_load(bytes);
+  for (const at::IValue& value : list.toListRef()) tensors.push_back(value.toTensor());
   return tensors;
 }
 
