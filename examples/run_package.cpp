@@ -26,7 +26,8 @@ std::vector<at::Tensor> read_tensors(const std::string& path) {
 }
 
 void write_tensors(const std::string& path, const std::vector<at::Tensor>& tensors) {
-  const std::vector<char> bytes = torch::jit::pickle_save(tensors);
+  const std::vector<at::IValue> values{tensors.begin(), tensors.end()};
+  const std::vector<char> bytes = torch::jit::pickle_save(c10::ivalue::Tuple::create(values));
   std::ofstream(path, std::ios::binary).write(bytes.data(), std::ssize(bytes));
 }
 
