@@ -63,7 +63,8 @@ def find_torch() -> Path | None:
 
 
 def needed_torch() -> Path:
-    return find_torch() or sys.exit(NO_TORCH)
+    """Links are followed: under another path a kept build folder would compile everything again."""
+    return (find_torch() or sys.exit(NO_TORCH)).resolve()
 
 
 def torch_minor(torch_dir: Path) -> tuple[int, int]:

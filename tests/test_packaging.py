@@ -109,6 +109,12 @@ def test_a_folder_without_torch_is_named(run_setup: Setup, tmp_path: Path) -> No
         run_setup("dist_info", tmp_path)
 
 
+def test_a_torch_has_one_path(run_setup: Setup, tmp_path: Path) -> None:
+    torch_dir = fake_torch(tmp_path / "torch")
+    (tmp_path / "link").symlink_to(torch_dir)
+    assert run_setup("build_ext", tmp_path / "link")["needed_torch"]() == torch_dir.resolve()
+
+
 @pytest.mark.parametrize("command", ["dist_info", "bdist_wheel", "editable_wheel", "build_ext"])
 def test_a_missing_torch_fails_with_the_metadata(command: str, tmp_path: Path) -> None:
     """Whatever comes before it in this interpreter is hidden, so none is found."""
