@@ -44,34 +44,30 @@ consteval const char* doc(std::string_view name) {
 """
 
 
-def signature(name: str, function: ast.FunctionDef, is_class: bool) -> str:
+def signature(function: ast.FunctionDef) -> str:
     """The first lines of a docstring, in the form that `inspect.signature` reads."""
     arguments = ast.arguments(
         posonlyargs=[],
-        args=[ast.arg(arg.arg) for arg in function.args.args[is_class:]],
+        args=[ast.arg(arg.arg) for arg in function.args.args],
         kwonlyargs=[],
         kw_defaults=[],
         defaults=function.args.defaults,
     )
-    return f"{name}({ast.unparse(arguments)})\n--\n\n"
+    return f"{function.name}({ast.unparse(arguments)})\n--\n\n"
 
 
 def docs_of(stub: str) -> Iterator[tuple[str, str]]:
     """Names such as "PagePool.allocate", and their texts."""
     for node in ast.parse(stub).body:
-        if not isinstance(node, ast.ClassDef | ast.FunctionDef):
-            continue
-        text = ast.get_docstring(node) or ""
         if isinstance(node, ast.FunctionDef):
-            yield node.name, signature(node.name, node, False) + text
-            continue
-        methods = [method for method in node.body if isinstance(method, ast.FunctionDef)]
-        made = [method for method in methods if method.name == "__init__"]
-        yield node.name, (signature(node.name, made[0], True) if made else "") + text
-        for method in methods:
-            if method.name != "__init__":
-                head = "" if method.decorator_list else signature(method.name, method, False)
-                yield f"{node.name}.{method.name}", head + (ast.get_docstring(method) or "")
+            yield node.name, signature(node) + (ast.get_docstring(node) or "")
+        elif isinstance(node, ast.ClassDef):
+            yield node.name, ast.get_docstring(node) or ""
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    is_property = bool(method.decorator_list)
+                    head = "" if is_property else signature(method)
+                    yield f"{node.name}.{method.name}", head + (ast.get_docstring(method) or "")
 
 
 def header_of(stub: str) -> str:

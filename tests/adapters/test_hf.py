@@ -19,7 +19,7 @@ from torch import Tensor
 from stateful_kv.errors import OutOfPagesError
 
 transformers = pytest.importorskip("transformers")
-hf = pytest.importorskip("stateful_kv.adapters.hf")
+from stateful_kv.adapters import hf  # noqa: E402  (needs transformers)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,

@@ -14,10 +14,7 @@ struct Doc {
 
 // clang-format off
 inline constexpr std::array kDocs{
-    Doc{"PagePool", R"doc(PagePool(num_pages, page_size)
---
-
-Free list and reference counts of the pages of one KV pool. Knows no tokens and no bytes.
+    Doc{"PagePool", R"doc(Free list and reference counts of the pages of one KV pool. Knows no tokens and no bytes.
 
 A page is free, or held with a count of at least 1. `allocate` gives pages with count 1,
 `retain` adds one, `release` takes one; the last release makes the page free. Tables and trees
@@ -29,6 +26,10 @@ Args:
 
 Raises:
     ValueError: one of them is outside of its range.)doc"},
+    Doc{"PagePool.__init__", R"doc(__init__(self, num_pages, page_size)
+--
+
+)doc"},
     Doc{"PagePool.allocate", R"doc(allocate(self, n)
 --
 
@@ -81,10 +82,7 @@ B, tokens a page holds.)doc"},
 --
 
 The first violation found, or None. O(P).)doc"},
-    Doc{"SequenceTable", R"doc(SequenceTable(pool)
---
-
-Page list and length of every sequence on a pool.
+    Doc{"SequenceTable", R"doc(Page list and length of every sequence on a pool.
 
 A step is: `reserve` (or `prepare_batch`), copy the pages it names, write keys and values into
 the slots, `commit` what is to stay. A fork shares all pages of its parent; the first
@@ -97,6 +95,10 @@ in every call but `has`.
 Args:
     pool: where the pages come from; kept alive. Sequences give their pages back when the table
         goes.)doc"},
+    Doc{"SequenceTable.__init__", R"doc(__init__(self, pool)
+--
+
+)doc"},
     Doc{"SequenceTable.create", R"doc(create(self)
 --
 
@@ -257,16 +259,17 @@ The first violation found, or None. O(all pages).)doc"},
     Doc{"InsertResult", R"doc(What `RadixTree.insert` found and made.)doc"},
     Doc{"InsertResult.num_matched", R"doc(Tokens that were there before.)doc"},
     Doc{"InsertResult.pages", R"doc(int32[ceil(T / B)], the pages that the tree now has for all the tokens.)doc"},
-    Doc{"RadixTree", R"doc(RadixTree(pool)
---
-
-Which token prefixes have keys and values in the pool, and on which pages.
+    Doc{"RadixTree", R"doc(Which token prefixes have keys and values in the pool, and on which pages.
 
 A compressed tree whose borders may lie inside of pages. Nothing is shared between root keys:
 take another one for each tenant, adapter or kind of KV. `match` and `insert` are O(tokens).
 
 Args:
     pool: whose pages the tree holds; kept alive. They are released when the tree goes.)doc"},
+    Doc{"RadixTree.__init__", R"doc(__init__(self, pool)
+--
+
+)doc"},
     Doc{"RadixTree.match", R"doc(match(self, root_key, tokens)
 --
 
@@ -362,10 +365,7 @@ Nodes that hold tokens.)doc"},
 --
 
 The first violation found, or None. O(tokens + pages).)doc"},
-    Doc{"NgramIndex", R"doc(NgramIndex(min_n=2, max_n=8)
---
-
-Where the last few tokens of a text occurred before, and what followed: a source of drafts.
+    Doc{"NgramIndex", R"doc(Where the last few tokens of a text occurred before, and what followed: a source of drafts.
 
 Keeps the tokens itself. `append` and `truncate` cost O(max_n - min_n + 1) a token, `propose`
 O(max_n + draft).
@@ -376,6 +376,10 @@ Args:
 
 Raises:
     ValueError: one of them is outside of its range.)doc"},
+    Doc{"NgramIndex.__init__", R"doc(__init__(self, min_n=2, max_n=8)
+--
+
+)doc"},
     Doc{"NgramIndex.append", R"doc(append(self, tokens)
 --
 

@@ -74,7 +74,8 @@ void bind_radix_tree(py::module_& module) {
       .def_readonly("num_matched", &InsertObject::num_matched, doc("InsertResult.num_matched"))
       .def_readonly("pages", &InsertObject::pages, doc("InsertResult.pages"));
   py::class_<TreeObject>(module, "RadixTree", doc("RadixTree"))
-      .def(py::init<std::shared_ptr<PoolObject>>(), py::arg("pool").none(false))
+      .def(py::init<std::shared_ptr<PoolObject>>(), py::arg("pool").none(false),
+           doc("RadixTree.__init__"))
       .def("match", &match, py::arg("root_key"), py::arg("tokens"), doc("RadixTree.match"))
       .def("touch", &touch, py::arg("match"), doc("RadixTree.touch"))
       .def("insert", &insert, py::arg("root_key"), py::arg("tokens"), py::arg("pages"),
@@ -150,7 +151,8 @@ py::tuple propose_drafts_of(py::handle index_list, py::handle token_list, py::ha
 
 void bind_ngram_index(py::module_& module) {
   py::class_<IndexObject>(module, "NgramIndex", doc("NgramIndex"))
-      .def(py::init<int64_t, int64_t>(), py::arg("min_n") = 2, py::arg("max_n") = 8)
+      .def(py::init<int64_t, int64_t>(), py::arg("min_n") = 2, py::arg("max_n") = 8,
+           doc("NgramIndex.__init__"))
       .def(
           "append",
           [](IndexObject& self, py::handle tokens) {

@@ -11,7 +11,8 @@ namespace {
 
 void bind_page_pool(py::module_& module) {
   py::class_<PoolObject, std::shared_ptr<PoolObject>>(module, "PagePool", doc("PagePool"))
-      .def(py::init<int64_t, int64_t>(), py::arg("num_pages"), py::arg("page_size"))
+      .def(py::init<int64_t, int64_t>(), py::arg("num_pages"), py::arg("page_size"),
+           doc("PagePool.__init__"))
       .def(
           "allocate",
           [](PoolObject& self, int64_t n) -> std::optional<at::Tensor> {
@@ -176,7 +177,8 @@ void bind_sequence_table(py::module_& module) {
   using Table = SequenceTable;
   const auto seq = py::arg("seq");
   py::class_<TableObject>(module, "SequenceTable", doc("SequenceTable"))
-      .def(py::init<std::shared_ptr<PoolObject>>(), py::arg("pool").none(false))
+      .def(py::init<std::shared_ptr<PoolObject>>(), py::arg("pool").none(false),
+           doc("SequenceTable.__init__"))
       .def(
           "create",
           [](TableObject& self) {
