@@ -1,5 +1,5 @@
 # The version is said in one place.
-set(skv_version_file ${PROJECT_SOURCE_DIR}/python/stateful_kv/_version.py)
+set(skv_version_file ${CMAKE_CURRENT_LIST_DIR}/../python/stateful_kv/_version.py)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${skv_version_file})
 file(STRINGS ${skv_version_file} skv_version_line REGEX "^__version__ = ")
 string(REGEX REPLACE "^__version__ = \"(.*)\"$" "\\1" STATEFUL_KV_VERSION "${skv_version_line}")
