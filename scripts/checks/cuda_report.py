@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
-BINDINGS = ROOT / "csrc" / "bindings"
+OPS = ROOT / "csrc" / "ops"
 # Where the target cuda_check of cmake/CudaCheck.cmake leaves objects, and their logs beside them.
 OBJECTS = Path("CMakeFiles", "skv_cuda_check.dir")
 INSTANTIATED = "instantiated"  # folder of the sources that CMake writes, inside the build folder
@@ -102,8 +102,8 @@ def read_logs(build: Path) -> list[Kernel]:
 
 def ops_without_kernel() -> list[str]:
     """Ops of the schema that no cuda.cpp registers."""
-    defined = re.findall(r'm\.def\(\s*"(\w+)\(', (BINDINGS / "library.cpp").read_text())
-    sources = "".join(path.read_text() for path in BINDINGS.glob("ops/*/cuda.cpp"))
+    defined = re.findall(r'm\.def\(\s*"(\w+)\(', (OPS / "library.cpp").read_text())
+    sources = "".join(path.read_text() for path in OPS.glob("*/cuda.cpp"))
     return sorted(set(defined) - set(re.findall(r'm\.impl\(\s*"(\w+)"', sources)))
 
 

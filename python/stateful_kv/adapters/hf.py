@@ -59,17 +59,13 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             batch.begin(k, mask)
         kv, pages = batch.shared.kv, batch.pages
         pools, scales = (kv.k[self.index], kv.v[self.index]), kv.scales(self.index)
-        # Pools of any dtype take float32 keys, and it is the one dtype of queries on the CPU.
-        kv_dtype = k.dtype if k.dtype == kv.k.dtype else torch.float32
-        q_dtype = torch.float32 if q.device.type == "cpu" else q.dtype
-        k_rows, v_rows = (batch.tokens_of(x.transpose(1, 2)).to(kv_dtype) for x in (k, v))
+        q_rows, k_rows, v_rows = (batch.tokens_of(x.transpose(1, 2)) for x in (q, k, v))
         ops.append_kv(k_rows, v_rows, pages.slots, *pools, *scales)
-        q_rows = batch.tokens_of(q.transpose(1, 2)).to(q_dtype)
         table = (pages.page_table, pages.seq_lens, pages.query_offsets)
         how |= {"k_scales": scales[0], "v_scales": scales[1]}
         seen = ops.paged_attention(q_rows, *pools, *table, scale, **how)
         batch.end_layer()
-        return batch.with_padding(seen.to(q.dtype), q.transpose(1, 2).shape)
+        return batch.with_padding(seen, q.transpose(1, 2).shape)
 
     def get_seq_length(self, *_: Any) -> int:
         return self.batch.num_columns
