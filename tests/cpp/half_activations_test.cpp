@@ -61,6 +61,7 @@ TEST_F(HalfActivations, RmsNormWithWeightsOfEitherDtype) {
           .weight = weight.wide_ones.data(),
           .output = y.wide_ones.data(),
           .residual = nullptr,
+          .sum = nullptr,
           .activation_dtype = DType::kFloat32,
           .num_rows = kRows,
           .num_features = features,
@@ -87,7 +88,8 @@ TEST_F(HalfActivations, RmsNormOfTheRoundedSum) {
   for (const DType dtype : kHalves) {
     const int64_t features = 261;
     const Numbers x(features, 1, dtype);
-    Numbers residual(features, 2, dtype);
+    const Numbers residual(features, 2, dtype);
+    Numbers sum(features, 4, dtype);
     const ExactArray<float> weight(random_floats(features, 3));
     Results y(features);
     RmsNormParams params{
@@ -95,6 +97,7 @@ TEST_F(HalfActivations, RmsNormOfTheRoundedSum) {
         .weight = weight.data(),
         .output = y.narrow_ones.data(),
         .residual = residual.narrow_ones.data(),
+        .sum = sum.narrow_ones.data(),
         .activation_dtype = dtype,
         .num_rows = 1,
         .num_features = features,
@@ -105,11 +108,11 @@ TEST_F(HalfActivations, RmsNormOfTheRoundedSum) {
     };
     cpu::kernels().rms_norm(params, kSerial);
     for (int64_t i = 0; i < features; ++i) {
-      const uint16_t sum = narrow(residual.wide_ones[i] + x.wide_ones[i], dtype);
-      ASSERT_EQ(residual.narrow_ones[i], sum);
-      residual.wide_ones[i] = widen(sum, dtype);
+      const uint16_t expected = narrow(residual.wide_ones[i] + x.wide_ones[i], dtype);
+      ASSERT_EQ(sum.narrow_ones[i], expected);
+      sum.wide_ones[i] = widen(expected, dtype);
     }
-    params.input = residual.wide_ones.data();
+    params.input = sum.wide_ones.data();
     params.output = y.wide_ones.data();
     params.residual = nullptr;
     params.activation_dtype = DType::kFloat32;
