@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import CheckFailedError, Settings
+from bench.selection import Row
 
 PEER = "dynamic_cache"
 SHAPE: dict[str, Any] = {
@@ -110,6 +111,20 @@ def play(
     return times
 
 
+def _name(context: int) -> str:
+    return f"turn_{context // 1024}k" if context >= 1024 else "turn"
+
+
+def rows(settings: Settings) -> list[Row]:
+    """A row for each turn of each conversation; a conversation is played whole."""
+    contexts = SMOKE_CONTEXTS if settings.smoke else CONTEXTS
+    return [
+        Row(_name(context), {"context": context, "turn": turn})
+        for context in contexts
+        for turn in range(1, NUM_TURNS + 1)
+    ]
+
+
 def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
     """Run the suite."""
     shape, contexts, reply = SHAPE, CONTEXTS, REPLY
@@ -123,15 +138,21 @@ def run(settings: Settings, _roofs: dict[str, Any], emit: Callable[[dict[str, An
         return
     model = _model(transformers, shape)
     for context, rounds in contexts.items():
-        name = f"turn_{context // 1024}k" if context >= 1024 else "turn"
-        if not settings.selects(name):
+        wanted = [
+            row.axes["turn"]
+            for row in rows(settings)
+            if row.axes["context"] == context and settings.selection.takes(row.name, row.axes)
+        ]
+        if not wanted:
             continue
         times = play(model, transformers, context, rounds, reply)
         for number, (ours, theirs) in enumerate(times, 1):
+            if number not in wanted:
+                continue
             emit(
                 {
                     "suite": "hf_adapter",
-                    "name": name,
+                    "name": _name(context),
                     "axes": {"context": context, "turn": number},
                     "peer_name": PEER,
                     "model": "SmolLM2-135M in shape, random weights, float32",
