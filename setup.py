@@ -113,7 +113,7 @@ def cmake_options() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake in build/ (kept between runs, or STATEFUL_KV_BUILD_DIR) and copies the library."""
+    """Runs CMake in build/ (kept between runs, or STATEFUL_KV_BUILD_DIR), installs the libraries."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -133,7 +133,11 @@ class CMakeBuild(build_ext):
         build = ["cmake", "--build", str(build_dir), "--target", "_C", "-j", jobs]
         subprocess.run(build, check=True)
         install = ["cmake", "--install", str(build_dir), "--component", "python"]
-        subprocess.run([*install, "--prefix", str(target.parent)], check=True)
+        prefixes = [target.parent]
+        if self.editable_mode:  # setuptools moves `_C` to the sources, and knows no other library
+            prefixes.append(ROOT / "python")
+        for prefix in prefixes:
+            subprocess.run([*install, "--prefix", str(prefix)], check=True)
 
 
 class TaggedWheel(bdist_wheel):

@@ -14,8 +14,8 @@ struct RmsNormParams {
   const void* input;     // [N, E], activation dtype, E contiguous
   const void* weight;    // [E], weight_dtype
   void* output;          // [N, E], activation dtype, contiguous
-  const void* residual;  // [N, E], activation dtype, contiguous, or null: the input is added to it,
-  void* sum;             // [N, E], rounded once to this dtype, and that sum is what is normalised
+  const void* residual;  // [N, E], activation dtype, contiguous, or null; added to the input first
+  void* sum;             // [N, E], their sum, rounded once, which is what is normalised; or null
   DType activation_dtype;
   int64_t num_rows;      // N
   int64_t num_features;  // E

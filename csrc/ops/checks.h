@@ -76,6 +76,12 @@ inline std::string to_text(const c10::SymInt& number) {
   return text.str();
 }
 
+// A condition on sizes. One that depends on data which is not there yet (the rows of x[mask], while
+// it is traced) becomes a check of the traced program; it does not end the tracing.
+inline bool holds(const c10::SymBool& condition) {
+  return condition.expect_true(__FILE__, __LINE__);
+}
+
 // A size that is the same in every call, for tracing too: of a weight.
 inline int64_t fixed_size(const at::Tensor& tensor, int64_t axis) {
   return tensor.sym_size(axis).guard_int(__FILE__, __LINE__);
@@ -141,10 +147,10 @@ class ArgumentCheck {
   // dimension has to step over all that the smaller ones reach; layouts that interleave in a way
   // that needs more thought than that are refused too.
   const ArgumentCheck& writable() const {
-    if (tensor_.is_contiguous()) return *this;
+    if (tensor_.is_contiguous_or_false()) return *this;
     std::vector<std::pair<c10::SymInt, c10::SymInt>> dims;  // stride, size
     for (int64_t axis = 0; axis < tensor_.dim(); ++axis) {
-      if (tensor_.sym_size(axis) > 1) {
+      if (TORCH_GUARD_OR_TRUE(tensor_.sym_size(axis).sym_gt(1))) {
         dims.emplace_back(tensor_.sym_stride(axis), tensor_.sym_size(axis));
       }
     }

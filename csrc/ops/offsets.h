@@ -46,8 +46,8 @@ inline c10::SymInt check_offsets_shape(const OpCheck& check, const char* name,
                                        const at::Tensor& offsets, const std::string& symbol = "S") {
   const std::string size = symbol + " + 1";
   check(name, offsets).dtype({at::kInt}).shape({{size.c_str()}}).contiguous();
-  check.value(name, offsets.sym_size(0) > 0, "shape [" + size + "] with " + symbol + " >= 0",
-              offsets);
+  check.value(name, holds(offsets.sym_size(0).sym_gt(0)),
+              "shape [" + size + "] with " + symbol + " >= 0", offsets);
   return offsets.sym_size(0) - 1;
 }
 

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <tuple>
 
 #include "csrc/core/parallel_for.h"
 #include "csrc/core/thread_pool.h"
@@ -39,6 +40,8 @@ inline DType dtype_of(const at::Tensor& tensor) {
       return DType::kFloat32;
   }
 }
+
+using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
 
 // A fresh contiguous tensor on the device of `like`.
 inline at::Tensor empty_tensor(std::initializer_list<c10::SymInt> sizes, at::ScalarType dtype,

@@ -193,7 +193,7 @@ def test_a_package_runs_without_python(tmp_path: Path) -> None:
     program = build_runner(tmp_path)
     files = [library, package, tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
     linked = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
-    assert "python" not in linked
+    assert not [line for line in linked.splitlines() if "python" in line.partition("=>")[0]]
     subprocess.run([program, *files], check=True)
     outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)
     for result, like in zip(outputs, block(*block_inputs(5)), strict=True):

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from stateful_kv import ops
 from tests.ops.cases import valid_arguments
+from tests.ops.compiled import BATCHED
 from tests.ops.test_bad_arguments import BAD, VALUE_CHANGES
 
 CASES = [
@@ -73,5 +75,37 @@ def test_unknown_sizes_are_checked_too() -> None:
 
 
 def test_mixed_devices_are_refused_while_tracing() -> None:
-    with FakeTensorMode(), pytest.raises(Exception, match="device"):
-        ops.rms_norm(torch.empty(3, 16, device="cuda"), torch.empty(16), 1e-5)
+    with FakeTensorMode():
+        x, weight = torch.empty(3, 16, device="cuda"), torch.empty(16)
+        with pytest.raises(Exception, match="device"):
+            ops.rms_norm(x, weight, 1e-5)
+
+
+# Of each, arguments whose first dimension is the number of rows.
+ROWS = {op: batched for op, (batched, offsets) in BATCHED.items() if not offsets}
+
+
+@pytest.mark.parametrize("op", sorted(ROWS))
+def test_a_number_of_rows_that_data_decides(op: str) -> None:
+    """As in x[mask]: nothing is known of it while a program is traced."""
+    shapes = ShapeEnv()
+    rows = shapes.create_unbacked_symint()
+    with FakeTensorMode(shape_env=shapes) as mode:
+        arguments = {name: to_fake(mode, value) for name, value in valid_arguments(op).items()}
+        for name in ROWS[op]:
+            if arguments[name] is not None:
+                old = arguments[name]
+                arguments[name] = old.new_empty((rows, *old.shape[1:]))
+        getattr(ops, op)(**arguments)
+
+
+def test_views_of_a_number_of_rows_that_data_decides() -> None:
+    shapes = ShapeEnv()
+    rows = shapes.create_unbacked_symint()
+    with FakeTensorMode(shape_env=shapes):
+        heads = torch.empty(rows, 8 * 32).view(-1, 8, 32)
+        pools = torch.empty(2, 5, 2, 16, 32)
+        positions, slots = torch.empty(rows).int(), torch.empty(rows).long()
+        q, k, v = heads.split([4, 2, 2], dim=1)
+        ops.rope_append_kv(q, k, v, positions, torch.empty(64, 32), slots, pools[0], pools[1])
+        assert ops.rms_norm(q, torch.empty(32), 1e-5).shape == (rows, 4, 32)

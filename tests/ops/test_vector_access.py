@@ -1,6 +1,6 @@
 """CUDA kernels on 16-bit activations, and the same bits whether eight elements move at once or one.
 
-On the emulator of tests/emulation or on a GPU: the CPU kernels take float32 activations alone.
+On the emulator of tests/emulation or on a GPU; test_half_activations.py has the CPU kernels.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ DTYPES = [torch.float32, *HALVES]
 # One warp, more, the most that registers hold, more than that; with and without a ragged end.
 WIDTHS = [1, 8, 20, 64, 256, 264, 576, 2048, 2050, 8192, 8200, 9001]
 
-only_emulated = pytest.mark.skipif(
-    not EMULATED_CUDA, reason="the CPU kernels take float32 activations alone"
-)
+only_emulated = pytest.mark.skipif(not EMULATED_CUDA, reason="the CUDA kernels are what is tested")
 
 
 @pytest.fixture(

@@ -13,8 +13,6 @@
 
 namespace skv::ops {
 
-using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
-
 // ids and values, one for each row of logits.
 inline TwoTensors empty_choices(const at::Tensor& logits) {
   return {empty_tensor({logits.sym_size(0)}, at::kLong, logits),

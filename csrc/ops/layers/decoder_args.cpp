@@ -208,7 +208,7 @@ void check_batch(const OpCheck& check, const BatchArgs& args, const c10::SymInt&
       .shape({{"S", num_sequences}, {"M"}})
       .last_dim_contiguous();
   check("logit_rows", args.logit_rows).dtype({at::kLong}).shape({{"R"}}).contiguous();
-  check.value("logit_rows", args.logit_rows.sym_size(0) <= num_rows, "at most N rows",
+  check.value("logit_rows", holds(args.logit_rows.sym_size(0).sym_le(num_rows)), "at most N rows",
               args.logit_rows);
 }
 

@@ -89,8 +89,8 @@ cpu::DecoderPools pools_of(const PoolArgs& args);
 // Everything but values in memory.
 void check_batch(const OpCheck& check, const BatchArgs& args, const c10::SymInt& num_rows);
 
-// The integers of a batch, copied: what was checked is what the kernels read, whatever other
-// threads do to the tensors meanwhile. The memory is kept from batch to batch.
+// The integers of a batch, copied: the values that were checked are those that the kernels read,
+// whatever other threads write to the tensors meanwhile. The memory is kept from batch to batch.
 class BatchCopy {
  public:
   // The result points into this object, until the next call.

@@ -28,22 +28,21 @@ inline void check_ngram_lookup(const OpCheck& check, const NgramLookupArgs& args
   check("tokens", args.tokens).dtype(kIdDtypes).shape({{"T"}}).contiguous();
   // What counts tokens is int32: offsets, lengths, and the number of drafted ones.
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  check.value("tokens", args.tokens.sym_size(0) <= kMost,
+  check.value("tokens", holds(args.tokens.sym_size(0).sym_le(kMost)),
               "at most " + std::to_string(kMost) + " tokens in all", args.tokens);
   const c10::SymInt num_sequences = check_offsets_shape(check, "offsets", args.offsets);
   check.value("min_n", args.min_n >= 1, "a number >= 1", args.min_n);
   TORCH_CHECK_VALUE(args.max_n >= args.min_n, check.op(),
                     ": max_n: expected a number >= min_n = ", args.min_n, ", got ", args.max_n);
-  check.value(
-      "max_draft",
-      args.max_draft >= 0 && args.max_draft <= kMost && num_sequences * args.max_draft <= kMost,
-      "a number from 0 to (2^31 - 1) / S with S = " + to_text(num_sequences), args.max_draft);
+  check.value("max_draft",
+              args.max_draft >= 0 && args.max_draft <= kMost &&
+                  holds((num_sequences * args.max_draft).sym_le(kMost)),
+              "a number from 0 to (2^31 - 1) / S with S = " + to_text(num_sequences),
+              args.max_draft);
   if (args.lengths.has_value()) {
     check("lengths", *args.lengths).dtype({at::kInt}).shape({{"S", num_sequences}}).contiguous();
   }
 }
-
-using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
 
 // draft_ids and num_draft.
 inline TwoTensors empty_drafts(const NgramLookupArgs& args) {
@@ -90,7 +89,8 @@ inline void check_fill_rows(const OpCheck& check, const FillRowsArgs& args) {
       .contiguous();
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const c10::SymInt max_draft = args.draft_ids.sym_size(1);
-  check.value("draft_ids", max_draft < kMost && num_sequences * (max_draft + 1) <= kMost,
+  check.value("draft_ids",
+              max_draft < kMost && holds((num_sequences * (max_draft + 1)).sym_le(kMost)),
               "at most 2^31 - 1 rows, S * (K + 1), in all", args.draft_ids);
   check("num_draft", args.num_draft).dtype({at::kInt}).shape({{"S", num_sequences}}).contiguous();
   check("page_table", args.page_table)

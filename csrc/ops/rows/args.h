@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <tuple>
 
 #include "csrc/kernels/token_params.h"
 #include "csrc/ops/checks.h"

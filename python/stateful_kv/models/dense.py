@@ -82,8 +82,7 @@ class DenseLinear:
         """
         logits = self(x, norm_weight=norm_weight, norm_eps=norm_eps)
         if k == 1:
-            # The kernel of the CPU reads float32 only.
-            ids, values = ops.argmax(logits if logits.is_cuda else logits.float())
+            ids, values = ops.argmax(logits)
             return ids[:, None], values[:, None]
         # Not torch.topk: it promises no order of equals.
         values, ids = torch.sort(logits.float(), dim=1, descending=True, stable=True)

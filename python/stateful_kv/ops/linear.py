@@ -26,7 +26,8 @@ def quantized_linear(
 
     The dtype of the weight tells its format. Every output element is summed over k in ascending
     order, then bias and residual are added, so a row has the same bits for any number of rows.
-    Fused with its neighbours it gives the bits of `rms_norm` before it and `silu_mul` after it.
+    Fused with its neighbours it gives, for a float32 x, the bits of `rms_norm` before it and
+    `silu_mul` after it; for a 16-bit x it rounds once, at the end, and not between them.
 
     Args:
         x: float32|float16|bfloat16[N, K], K contiguous; K is a multiple of 32 unless the weight is
@@ -78,7 +79,8 @@ def linear_top_k(
     """The k largest outputs of each row of `quantized_linear`, without ever writing the others.
 
     A NaN counts as larger than every number, and of equal outputs (of two NaN too) the one with the
-    lower id comes first. So k = 1 is `argmax` of the result of `quantized_linear`, in bits.
+    lower id comes first. So for a float32 x k = 1 is `argmax` of the result of `quantized_linear`,
+    in bits; for a 16-bit x the outputs that are compared are not rounded.
 
     Args:
         x: as in `quantized_linear`, like all arguments but k.

@@ -1,5 +1,5 @@
-// y = x * weight / sqrt(mean(x^2) + epsilon), row by row; with a residual that is added to first
-// and normalised in the place of x. The order of the sum depends on the row length only, so a row
+// y = x * weight / sqrt(mean(x^2) + epsilon), row by row; with a residual the sum of both takes the
+// place of x. The order of the sum depends on the row length only, so a row
 // has the same bits in any batch.
 #include <algorithm>
 
