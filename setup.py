@@ -113,7 +113,7 @@ def cmake_options() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake in build/ (kept between runs, or STATEFUL_KV_BUILD_DIR), installs the libraries."""
+    """Runs CMake in build/ (kept, or STATEFUL_KV_BUILD_DIR) and installs the libraries."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent

@@ -29,6 +29,7 @@ def main() -> None:
     expected = options.at.resolve() / "stateful_kv"
     assert package == expected, f"imported {package}, expected {expected}"
     assert list(package.glob("_C.*.so")), "the extension is missing"
+    assert (package / "libstateful_kv_ops.so").is_file(), "the library of the ops is missing"
     assert list(package.glob("data/*.json")), "the workflows of the demo are missing"
     assert (package / "py.typed").is_file(), "py.typed is missing"
 
