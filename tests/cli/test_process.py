@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# The real script with a fake engine behind it; `{body}` may change the engine before it runs.
+# The real script with a fake engine behind it; `{body}` may change the engine before it runs. What a
+# shell starts in the background ignores Ctrl-C, so the tests must not inherit that.
 FAKE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from stateful_kv.apps.cli import loading, process
 from tests.cli.fake_engine import FakeEngine, FakeSession
 engine = FakeEngine()
