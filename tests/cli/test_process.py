@@ -8,17 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# The real script with a fake engine behind it; `{body}` may change the engine before it runs. What a
-# shell starts in the background ignores Ctrl-C, so the tests must not inherit that.
+# The real script with a fake engine behind it; `{body}` may change the engine before it runs.
 FAKE = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import sys, time
 from stateful_kv.apps.cli import loading, process
 from tests.cli.fake_engine import FakeEngine, FakeSession
 engine = FakeEngine()
@@ -87,6 +86,14 @@ def _run(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
         timeout=120,
         check=False,
     )
+
+
+@pytest.fixture(autouse=True)
+def children_hear_ctrl_c() -> Iterator[None]:
+    """A shell starts background jobs with Ctrl-C ignored, which they and their children inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
