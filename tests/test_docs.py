@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import stateful_kv
-from stateful_kv import ops
+from stateful_kv import ops, state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,8 +40,10 @@ def test_the_site_has_every_public_name(tmp_path: Path) -> None:
     }
     assert {f"stateful_kv.{name}" for name in stateful_kv.__all__} - shown == {
         "stateful_kv.__version__",
-        "stateful_kv.ops",  # a page of its own
+        "stateful_kv.ops",  # pages of their own
+        "stateful_kv.state",
     }
     assert {f"stateful_kv.ops.{name}" for name in ops.__all__} - shown == {
         "stateful_kv.ops.LAYER_TENSORS"  # a table of names
     }
+    assert {f"stateful_kv.state.{name}" for name in state.__all__} <= shown
