@@ -48,9 +48,13 @@ float largest_value(const typename Load::Element* row, int64_t count) {
 
 template <typename Load>
 int64_t first_index(const typename Load::Element* row, int64_t count, float value) {
+  if (std::isnan(value)) {  // apart, so that the usual search compares once an element
+    for (int64_t i = 0; i < count; ++i) {
+      if (std::isnan(Load::load_one(row + i))) return i;
+    }
+  }
   for (int64_t i = 0; i < count; ++i) {
-    const float x = Load::load_one(row + i);
-    if (x == value || (std::isnan(value) && std::isnan(x))) return i;
+    if (Load::load_one(row + i) == value) return i;
   }
   return 0;  // not reached: the value is in the row
 }
